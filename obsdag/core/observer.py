@@ -1,0 +1,199 @@
+"""The one Observer protocol: every fact that the engine tells, in one place (ARCHITECTURE, idea 2).
+
+The contract:
+
+- A fact is told after its transition, never in the middle of one; synchronously, on the run's thread, and where it concerns an
+  execution in the frame and contextvars in which the task's function runs, so that tracing can make its span current.
+- Every `execution_started` gets exactly one `execution_finished`, on every way out.
+- Times are handed over: `now` is on the run's clock (seconds; `run.epoch` added gives Unix time), durations are seconds.
+- An observer that raises is detached, logged and counted, and that is itself a fact (`observer_failed`); it never changes an outcome.
+- Observers keep no clocks, must not block, and must not change what they are told of.
+
+Write an observer by subclassing `Observer` and overriding the facts you want: only those are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from obsdag.context import Context
+    from obsdag.core.records import Execution, Failure, Stall
+    from obsdag.core.state import RunState
+    from obsdag.tasks.base import Task
+
+__all__ = ["FACTS", "Facts", "Observer"]
+
+
+class Observer:
+    """One optional method per fact. `needs_records`: executions are kept per root until it ends (for critical paths)."""
+
+    needs_records: bool = False
+
+    # --- runs
+    def run_started(self, run: RunState, now: float) -> None:
+        """A run begins: `run.id`, `run.kind` (run, stream, serve), `run.plan`, `run.config`, `run.epoch`."""
+
+    def run_finished(self, run: RunState, outcome: str, duration_s: float, now: float) -> None:
+        """A run ended: outcome is ok, failed (on_failure="raise" or a failed context), deadlocked, cancelled or deadline."""
+
+    def run_deadlocked(self, run: RunState, stalls: list[Stall], now: float) -> None:
+        """Told once, before `run_finished`, of a run that ended with stalled contexts (E8)."""
+
+    # --- contexts
+    def context_entered(self, context: Context, kind: str, maker: Execution | None, now: float) -> None:
+        """A context entered: kind is input, made or child; `maker` is the execution that returned it."""
+
+    def context_queued(self, context: Context, lane: int, now: float) -> None:
+        """A context took a place in the queue: `LANES[lane]`."""
+
+    def context_finished(self, context: Context, outcome: str, now: float) -> None:
+        """A context ended; `context.ledger` is final and, for a root, `run.critical_path(context)` can be asked."""
+
+    def context_destroyed(self, context: Context, task: Task | None, reason: str, now: float) -> None:
+        """A context ended by garbage collection rather than by reaching something: reason is one of GC_REASONS."""
+
+    def context_dropped(self, context: Context, task: Task, now: float) -> None:
+        """A task discarded its context and neither `may_drop` nor `pass_through` says that this is meant (T3)."""
+
+    def context_stalled(self, context: Context, stall: Stall, now: float) -> None:
+        """Nothing holds a context that is not done (E8); told before its `context_finished`."""
+
+    def context_failed(self, context: Context, failure: Failure, execution: Execution | None, now: float) -> None:
+        """A context failed for good (E6); told before its `context_finished`."""
+
+    def context_kept(self, context: Context, now: float) -> None:
+        """Somebody asked for the trace of the context's root to be kept."""
+
+    def state_left(self, context: Context, state: int, stayed_s: float, now: float) -> None:
+        """A context left `STATES[state]` for another state, or ended, after `stayed_s`."""
+
+    def tasks_bypassed(self, context: Context, count: int, now: float) -> None:
+        """A newly made context starts with `count` tasks completed that are neither above nor below its maker (E12)."""
+
+    # --- visits
+    def visit_started(self, context: Context, worker: int, lane: int, waited_s: float, now: float) -> None:
+        """A worker took a context from the queue after `waited_s` there."""
+
+    def visit_finished(self, context: Context, worker: int, busy_s: float, now: float) -> None:
+        """A worker is done with a context for now."""
+
+    # --- executions
+    def execution_started(self, execution: Execution, now: float) -> None:
+        """An attempt begins, in the frame of the task's function."""
+
+    def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
+        """An attempt ended: one of EXECUTION_OUTCOMES; `execution.ended - execution.started` is what it took."""
+
+    def retry_scheduled(self, execution: Execution, error: BaseException, delay_s: float, now: float) -> None:
+        """A failed attempt will be followed by another in `delay_s`."""
+
+    # --- limits, joins, loops
+    def limit_deferred(self, context: Context, task: Task, limiter: str, now: float) -> None:
+        """An execution has to wait for a permit of `limiter` (for RateLimitContext: the task's name)."""
+
+    def limit_granted(self, context: Context, task: Task, limiter: str, waited_s: float, now: float) -> None:
+        """The permits are there, reserved for it, after `waited_s`."""
+
+    def join_waiting(self, context: Context, task: Task, now: float) -> None:
+        """A child arrived at a join and waits for its siblings."""
+
+    def join_released(self, parent: Context, task: Task, children: int, waited_s: float, now: float) -> None:
+        """A join has all that it waits for; `waited_s` is since the first child arrived."""
+
+    def loop_item(self, context: Context, task: Task, now: float) -> None:
+        """A loop or map gave one item, `context`."""
+
+    # --- pools and services
+    def pool_rebuilt(self, pool: str, reason: str) -> None:
+        """A worker of the pool died and was replaced."""
+
+    def thread_abandoned(self, thread: str, task: str, running_s: float) -> None:
+        """A thread does not come back from a task that timed out or was cancelled."""
+
+    def task_restarted(self, task: Task, kind: str, error: BaseException | None) -> None:
+        """A stream, service or thread ended or raised and will be made anew, its state lost (T14)."""
+
+    # --- the event loop, told by the watchdog
+    def loop_lagged(self, lag_s: float) -> None:
+        """The event loop ran a callback `lag_s` later than asked."""
+
+    def loop_blocked(self, execution: Execution | None, blocked_s: float, stack: str) -> None:
+        """A task keeps the event loop from turning; `stack` is the line that blocks. Told from the watchdog's thread."""
+
+    # --- serving
+    def submitted(self, context: Context, now: float) -> None:
+        """A context was accepted; it may wait for a place (pending) before it enters."""
+
+    def submit_rejected(self, reason: str, now: float) -> None:
+        """A submission was turned away: queue_full, not_accepting, duplicate, invalid."""
+
+    def ticket_done(self, context: Context, outcome: str, took_s: float, now: float) -> None:
+        """Everything a ticket covers has ended, `took_s` after it was accepted."""
+
+    def result_expired(self, context: Context, now: float) -> None:
+        """A result that nobody fetched was dropped (S2)."""
+
+    def phase_changed(self, phase: str, now: float) -> None:
+        """The serving executor is starting, accepting, draining or stopped."""
+
+    def drain_finished(self, manifest: dict[str, Any], now: float) -> None:
+        """Draining ended; `manifest` says what was cancelled (S3)."""
+
+    # --- observers themselves
+    def observer_failed(self, observer: Observer, fact: str, error: BaseException) -> None:
+        """An observer raised and is detached from that fact."""
+
+
+FACTS = tuple(
+    name for name, value in vars(Observer).items() if callable(value) and not name.startswith("_") and name != "needs_records"
+)
+
+
+class Facts:
+    """The observers of a run, compiled: per fact one callable, or None where nobody listens.
+
+    `None` costs the teller one test. `failures` counts detached listeners, for the telemetry's own telemetry.
+    """
+
+    __slots__ = (*FACTS, "_observers", "failures", "needs_records")
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self._observers = tuple(observers)
+        self.failures = 0
+        self.needs_records = any(observer.needs_records for observer in self._observers)
+        for fact in FACTS:
+            listeners = [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
+            setattr(self, fact, self._compile(fact, listeners))
+
+    def _compile(self, fact: str, listeners: list[Callable[..., None]]) -> Callable[..., None] | None:
+        if not listeners:
+            return None
+        calls = tuple(listeners)
+
+        def tell(*arguments: Any) -> None:
+            for call in calls:
+                try:
+                    call(*arguments)
+                except Exception as error:
+                    self._detach(fact, listeners, call, error)
+
+        return tell
+
+    def _detach(self, fact: str, listeners: list[Callable[..., None]], call: Any, error: Exception) -> None:
+        if call not in listeners:
+            return
+        listeners.remove(call)
+        setattr(self, fact, self._compile(fact, listeners))
+        self.failures += 1
+        if fact != "observer_failed" and self.observer_failed is not None:
+            self.observer_failed(call.__self__, fact, error)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., None] | None: ...
+
+
+def _overrides(observer: Observer, fact: str) -> bool:
+    return getattr(type(observer), fact, None) is not getattr(Observer, fact)

@@ -1,0 +1,226 @@
+"""What the core keeps one of per execution, per rare thing of a context, per lent branch and per stall."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from obsdag.context import Context
+    from obsdag.limits import LimitRequest
+    from obsdag.tasks.base import Task
+
+__all__ = ["CriticalStep", "Execution", "Failure", "Lend", "More", "Pull", "Stall", "Timer", "current_execution"]
+
+current_execution: ContextVar[Execution | None] = ContextVar("obsdag_execution", default=None)
+"""The execution whose function runs in this frame. Set by the shell where a second attempt or a thread makes it matter."""
+
+
+class Execution:
+    """One attempt of one task on one context.
+
+    context, task, index: whose. attempt: from 1. worker: number of the driving worker (-1: none). lane: of the visit's entry.
+    started, ended: seconds on the run's clock. released_by: the execution whose end made this one ready (None: the context's entry).
+    waits: seconds per state spent waiting between release and start, or None. grant: limit permits that it holds.
+    outcome: None while it runs, then one of EXECUTION_OUTCOMES. cancelling: the engine has asked for its cancellation.
+    exempt: it destroyed its own context, so its return value still counts (C8). handle: what the shell cancels it by.
+    span: the tracing observer's own slot.
+    """
+
+    __slots__ = (
+        "attempt",
+        "cancelling",
+        "context",
+        "ended",
+        "exempt",
+        "grant",
+        "handle",
+        "index",
+        "lane",
+        "outcome",
+        "released_by",
+        "span",
+        "started",
+        "task",
+        "waits",
+        "worker",
+    )
+
+    def __init__(self, context: Context, task: Task, index: int, attempt: int, started: float, worker: int) -> None:
+        self.context = context
+        self.task = task
+        self.index = index
+        self.attempt = attempt
+        self.started = started
+        self.worker = worker
+        self.ended = 0.0
+        self.lane = context._lane
+        self.outcome: str | None = None
+        self.cancelling = False
+        self.exempt = False
+        self.released_by: Execution | None = None
+        self.waits: list[float] | None = None
+        self.grant: LimitRequest | None = None
+        self.handle: Any = None
+        self.span: Any = None
+
+    def __repr__(self) -> str:
+        return f"<Execution of {self.task.id!r} on {self.context.id!r}, attempt {self.attempt}, {self.outcome or 'running'}>"
+
+
+class More:
+    """The rare parts of a context, made when first needed, so that the common context stays small.
+
+    skipped: skipped tasks. dead: task -> mask of its dead in-edges (C4). lends: lent branches by the task that lent them (C5).
+    lend: the lent branch this context belongs to. attempts: task -> failed attempts so far; first_try: task -> start of the first.
+    requests: task -> its limit request, waiting or granted. timers: task -> armed timer. limit/retry/service/pool: masks of
+    tasks in that waiting state; room, source: pulls in that state. kept_at: the task at which a frozen context was kept (T3), -1
+    for none. pending_end: outcome of a discarded context that is kept readable (E11). pulls: open loops and maps.
+    arrived_at: the join it waits at, -1 for none. error_task: where it failed. waits: seconds per state since the last start.
+    deadline: the timer of a root's deadline. tasks_retried: whether any execution of it was retried.
+    """
+
+    __slots__ = (
+        "arrived_at",
+        "attempts",
+        "dead",
+        "deadline",
+        "error_task",
+        "first_try",
+        "kept_at",
+        "lend",
+        "lends",
+        "limit",
+        "pending_end",
+        "pending_reason",
+        "pool",
+        "pulls",
+        "released",
+        "requests",
+        "retry",
+        "room",
+        "service",
+        "skipped",
+        "source",
+        "timers",
+        "waits",
+    )
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self.dead: dict[int, int] | None = None
+        self.lends: dict[int, Lend] | None = None
+        self.lend: Lend | None = None
+        self.attempts: dict[int, int] | None = None
+        self.first_try: dict[int, float] | None = None
+        self.requests: dict[int, LimitRequest] | None = None
+        self.timers: dict[int, Timer] | None = None
+        self.limit = self.retry = self.service = self.pool = 0
+        self.room = self.source = 0
+        self.kept_at = -1
+        self.pending_end: str | None = None
+        self.pending_reason = ""
+        self.pulls: dict[int, Pull] | None = None
+        self.arrived_at = -1
+        self.error_task: str | None = None
+        self.waits: list[float] | None = None
+        self.deadline: Timer | None = None
+        self.released: dict[int, Execution] | None = None
+
+
+class Lend:
+    """A branch of `parent` that task `index` lent to children (C5).
+
+    mask: the tasks below `index`, not ready on the parent meanwhile. children: in order of creation, kept only while a join
+    below needs them (`keeps`). living: children that have not ended. arrived: join index -> children that wait there.
+    finished: how children ended that did not arrive: outcome -> number. pulling: its map has not ended.
+    """
+
+    __slots__ = ("arrived", "children", "failed", "index", "joining", "keeps", "living", "mask", "outcomes", "parent", "pulling")
+
+    def __init__(self, parent: Context, index: int, mask: int, keeps: bool) -> None:
+        self.parent = parent
+        self.index = index
+        self.mask = mask
+        self.keeps = keeps
+        self.children: list[Context] = []
+        self.living = 0
+        self.arrived: dict[int, int] = {}
+        self.outcomes: dict[str, int] = {}
+        self.failed: BaseException | None = None
+        self.pulling = False
+        self.joining = -1
+
+
+class Pull:
+    """An open loop or map on `context`: the shell holds its generator, the core decides when the next item is asked for.
+
+    items: how many came. waiting: whether its LoopContext is in the queue, or waits for room.
+    """
+
+    __slots__ = ("context", "execution", "generator", "index", "items", "lend", "marker", "state", "task")
+
+    def __init__(self, context: Context, task: Task, index: int) -> None:
+        self.context = context
+        self.task = task
+        self.index = index
+        self.items = 0
+        self.generator: Any = None
+        self.marker: Any = None
+        self.lend: Lend | None = None
+        self.state = ""
+        self.execution: Execution | None = None
+
+
+class Timer:
+    """Something that is due at `when`; `live` is cleared instead of searching the heap for it."""
+
+    __slots__ = ("action", "argument", "live", "when")
+
+    def __init__(self, when: float, action: Any, argument: Any) -> None:
+        self.when = when
+        self.action = action
+        self.argument = argument
+        self.live = True
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Why a context can not go on (E8): the task it waits at, the upstreams that will never complete, and a sentence."""
+
+    context: Context
+    task: str
+    missing: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        missing = f" (missing upstream: {', '.join(self.missing)})" if self.missing else ""
+        return f"context {self.context.id!r} is stalled at task {self.task!r}{missing}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A context that failed (E6): where, after how many attempts, and with which exception."""
+
+    context: Context
+    task: str
+    attempts: int
+    exception: BaseException
+
+    def __str__(self) -> str:
+        text = str(self.exception)
+        error = f"{type(self.exception).__name__}: {text}" if text else type(self.exception).__name__
+        return f"context {self.context.id!r} failed at task {self.task!r} after {self.attempts} attempt(s): {error}"
+
+
+@dataclass(frozen=True, slots=True)
+class CriticalStep:
+    """An execution on the way to a root's end. slack_s: how much later it could have ended without delaying the root."""
+
+    task: str
+    context_id: str
+    started: float
+    ended: float
+    slack_s: float
+    critical: bool
