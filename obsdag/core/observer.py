@@ -162,7 +162,7 @@ class Facts:
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
         self.failures = 0
-        self.needs_records = any(observer.needs_records for observer in self._observers)
+        self.needs_records = any(getattr(observer, "needs_records", False) for observer in self._observers)
         for fact in FACTS:
             listeners = [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
             setattr(self, fact, self._compile(fact, listeners))
@@ -196,4 +196,4 @@ class Facts:
 
 
 def _overrides(observer: Observer, fact: str) -> bool:
-    return getattr(type(observer), fact, None) is not getattr(Observer, fact)
+    return getattr(type(observer), fact, None) not in (None, getattr(Observer, fact))
