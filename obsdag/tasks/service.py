@@ -1,0 +1,31 @@
+"""Service tasks: one long-lived function answers a queue of `(context, future)` (T5, T14)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from obsdag.tasks.base import Shape
+from obsdag.tasks.function import AsyncTask, FunctionTask, SyncTask
+
+__all__ = ["AsyncServiceTask", "ServiceTask", "SyncThreadTask"]
+
+
+class ServiceTask(FunctionTask):
+    """A function that is started once per run and sets the future of each `(context, future)` that it takes from the queue."""
+
+    shape: ClassVar[Shape] = "service"
+    given = ("the queue",)
+
+
+class AsyncServiceTask(ServiceTask, AsyncTask):
+    """`async def serve(queue[, env])`, on the loop: `context, future = await queue.get()`."""
+
+    kind = "service"
+    accepts = ("coroutine",)
+
+
+class SyncThreadTask(ServiceTask, SyncTask):
+    """`def serve(queue[, env])` in a thread of its own: `context, future = queue.get()`."""
+
+    kind = "thread"
+    accepts = ("function",)
