@@ -1,8 +1,9 @@
 """The immutable plan that a DAG is compiled to: indices and bit masks, plain data (SEMANTICS G4).
 
-Every task has an index, in topological order: index 0 is the source, the last is the sink; tasks that do not depend on each other
-stand in the order in which they were added. A set of tasks is an integer with the bits of its members set, so the progress of a
-context is a few integers, and what is ready, skipped or bypassed is bit operations. Nothing here recurses (G7).
+Every task has an index, in topological order: index 0 is the source, the last is the sink; tasks that do not depend on
+each other stand in the order in which they were added. A set of tasks is an integer with the bits of its members set:
+the progress of a context is a few integers, and what is ready, skipped or bypassed is bit operations. Nothing here
+recurses (G7).
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class Plan:
     bypass: all - descendants - ancestors - itself: what an entering context may count as done at that task (G4, E12).
     up_list, down_list: the direct neighbors as indices; `down_list` by (priority descending, index).
     follow: the only downstream, if this task is its only upstream; else -1. The straight stretches of the graph.
-    rank: the position of each task in (priority descending, index); None if no task has a priority and the index says it.
+    rank: the position of each task in (priority descending, index); None if no task has a priority.
     routers, joins, maps, streams, loops, services: tasks of a shape; pass_through, may_drop: tasks with that setting.
-    choices: router index -> what it may return (id; for an included router also the id within its own DAG, and the names of
-        included DAGs) -> the mask of direct downstreams that it stands for (T9).
+    choices: router index -> what it may return (id; for an included router also the id within its own DAG, and the
+        names of included DAGs) -> the mask of direct downstreams that it stands for (T9).
     fan_outs_above: join index -> the ancestors that can make children; never empty in a plan that was validated (G3).
     fingerprint: hex digest of names, kinds, order and edges: equal wherever progress means the same.
     """
@@ -80,7 +81,7 @@ class Plan:
 
 
 def indices(mask: int) -> Iterator[int]:
-    """The indices of the bits set in `mask`, ascending; the time goes with their number, not with the mask's length alone."""
+    """The indices of the bits set in `mask`, ascending; the time goes with their number."""
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1
@@ -88,10 +89,10 @@ def indices(mask: int) -> Iterator[int]:
 
 
 def topological_order(upstreams: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """The nodes 0..n-1 with each after its `upstreams`, the lowest number first among those that could come next; and cycles.
+    """The nodes 0..n-1, each after its `upstreams` and the lowest of those that could come next; and the cycles.
 
-    The second is empty if there is an order. Else the first means nothing, and the second holds one cycle after the other, each as
-    nodes from upstream to downstream, until no cycle is left that shares no node with these.
+    The second is empty if there is an order. Else the first means nothing, and the second holds one cycle after the
+    other, each as nodes from upstream to downstream, until no cycle is left that shares no node with these.
     """
     downstreams: list[list[int]] = [[] for _ in upstreams]
     missing = [0] * len(upstreams)
@@ -138,9 +139,10 @@ def compile_plan(
     upstreams: Sequence[Sequence[int]],
     choices: Mapping[str, Mapping[str, Iterable[str]]] | None = None,
 ) -> Plan:
-    """The Plan of `tasks`, given in topological order with source and sink, and the positions of each one's direct upstreams.
+    """The Plan of `tasks` (in topological order, with source and sink) and the positions of their direct upstreams.
 
-    choices: router id -> what it may return -> the ids of the downstreams that it stands for; each downstream's own id is added.
+    choices: router id -> what it may return -> the ids of the downstreams that it stands for; each downstream's own id
+        is added.
     """
     count = len(tasks)
     index = {task.id: i for i, task in enumerate(tasks)}

@@ -1,4 +1,4 @@
-"""The kinds of tasks: what a user defines a DAG of (SEMANTICS section 4). How they are driven is the executor's business."""
+"""The kinds of tasks, which a user defines a DAG of (SEMANTICS section 4); the executor's runners drive them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tasks around a function that is called once per execution (SEMANTICS T5); and what every task with a function has in common.
+"""Tasks around a function that is called once per execution (SEMANTICS T5), and what all tasks with a function share.
 
-What a kind is can be asked with isinstance: `AsyncTask` (its function suspends on the loop), `SyncTask` (plain code in a thread),
-`ForegroundTask` (plain code on the loop's own thread: for functions that take microseconds), `ShutdownTask`.
+What a kind is can be asked with isinstance: `AsyncTask` (its function suspends on the loop), `SyncTask` (plain code in
+a thread), `ForegroundTask` (plain code on the loop's own thread: for functions that take microseconds), `ShutdownTask`.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _CALL_KIND_NAMES: dict[CallKind, str] = {
     "asyncgen": "an async generator function (async def with yield)",
 }
 NOTHING_COMES_BACK = (
-    "every return of its function is None, which would drop every context: return the context, or set pass_through=True if it "
-    "only has effects (T4)"
+    "every return of its function is None, which would drop every context: return the context, "
+    "or set pass_through=True if it only has effects (T4)"
 )
 
 
 class FunctionTask(Task):
     """What every task with a function has: its `signature`, read once, and the checks of the function against the kind.
 
-    A subclass may define `startup(env)` and `shutdown()`, plain or async: they are called on the run's own copy of the task,
-    before its first execution and at the run's end (T10).
+    A subclass may define `startup(env)` and `shutdown()`, plain or async: they are called on the run's own copy of the
+    task, before its first execution and at the run's end (T10).
     """
 
     accepts: ClassVar[tuple[CallKind, ...]] = ("function", "coroutine")
@@ -62,7 +62,7 @@ class FunctionTask(Task):
         self.signature: Signature = read_signature(func, self.given)
 
     def problems(self) -> Iterable[str]:
-        """What is wrong with the function: of the wrong kind, not callable by the engine, or returning nothing ever (T4)."""
+        """What is wrong with the function: the wrong kind, uncallable by the engine, or never returning anything."""
         if self.signature.kind not in self.accepts:
             yield (
                 f"a {type(self).__name__} needs {' or '.join(_CALL_KIND_NAMES[kind] for kind in self.accepts)}, "
@@ -93,7 +93,7 @@ class SyncTask(FunctionTask):
 
 
 class ForegroundTask(FunctionTask):
-    """A task whose function is plain code and runs on the loop's own thread: it holds up everything else while it runs."""
+    """A task whose function is plain code and runs on the loop's own thread, where it holds up everything else."""
 
     runs_on = "loop"
 

@@ -11,7 +11,7 @@ __all__ = ["AsyncLoopTask", "ForegroundSyncLoopTask", "LoopTask", "SyncLoopTask"
 
 
 class LoopTask(FunctionTask):
-    """A generator that makes new contexts out of one; pulled, so that it is never ahead of what the run can take in (E16)."""
+    """A generator that makes new contexts out of one; pulled, so never ahead of what the run can take in (E16)."""
 
     shape: ClassVar[Shape] = "loop"
 

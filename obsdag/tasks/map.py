@@ -14,8 +14,8 @@ __all__ = ["MapTask"]
 class MapTask(FunctionTask):
     """The function gives children of its context: contexts or mappings, each of which becomes a child.
 
-    It is an async generator, a generator, or a function (plain or async) that returns an iterable. Async ones run on the loop, the
-    others in a thread: `runs_on` is the instance's own.
+    It is an async generator, a generator, or a function (plain or async) that returns an iterable. Async ones run on
+    the loop, the others in a thread: `runs_on` is the instance's own.
     """
 
     kind = "map"

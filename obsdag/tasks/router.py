@@ -12,9 +12,9 @@ __all__ = ["AsyncRouterTask", "ForegroundSyncRouterTask", "RouterTask", "SyncRou
 
 
 class RouterTask(FunctionTask):
-    """The function returns task ids (or tasks) to take; what is only below the others is skipped; nothing drops the context.
+    """The function returns the task ids (or tasks) to take; what is only below the others is skipped (T9).
 
-    targets: the ids (or tasks) that it may return, if they are to be checked when the DAG is built; None: whatever is below.
+    targets: the ids (or tasks) that it may return, to be checked when the DAG is built; None: whatever is below.
     """
 
     shape: ClassVar[Shape] = "router"

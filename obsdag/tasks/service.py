@@ -11,7 +11,7 @@ __all__ = ["AsyncServiceTask", "ServiceTask", "SyncThreadTask"]
 
 
 class ServiceTask(FunctionTask):
-    """A function that is started once per run and sets the future of each `(context, future)` that it takes from the queue."""
+    """A function, started once per run, that answers each `(context, future)` of a queue by setting the future."""
 
     shape: ClassVar[Shape] = "service"
     given = ("the queue",)

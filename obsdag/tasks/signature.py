@@ -1,7 +1,8 @@
-"""What can be known of a task's function before it runs: how it is called, with what, and whether it can return anything.
+"""What can be known of a task's function before it runs: how it is called, and whether it returns anything.
 
-The outermost object is judged, never what a decorator wraps: a plain wrapper around a coroutine function is a plain function to
-its caller. Everything here is done once per task, when it is defined or built: `iscoroutinefunction` alone costs 0.8 us.
+The outermost object is judged, never what a decorator wraps: a plain wrapper around a coroutine function is a plain
+function to its caller. Everything here is done once per task, when it is defined or built: `iscoroutinefunction` alone
+costs 0.8 us.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType
@@ -32,11 +33,11 @@ if sys.version_info >= (3, 14):
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """How the engine calls a task's function: `func(context[, env][, resource=...])`, a join's `func(parent, children[, env])`.
+    """How the engine calls a task's function: `func(context[, env][, resource=...])`.
 
     kind: what a call gives: a value, a coroutine, a generator, or an async generator.
-    takes_env: the Environment is passed as the next positional argument: there is a further parameter, without a default or named
-        `env` or `environment` (one with another name and a default is the user's own).
+    takes_env: the Environment is passed as the next positional argument: there is a further parameter, without a
+        default or named `env` or `environment` (one with another name and a default is the user's own).
     takes_resource: the engine fills the parameter `resource`, by keyword, from the task's ResourcePool (T7).
     needs_resource: that parameter has no default.
     problems: why the engine cannot call it, each a sentence; empty if it can, or if nothing is known (a builtin, say).
@@ -62,7 +63,7 @@ def call_kind(func: Callable[..., Any]) -> CallKind:
 
 
 def read_signature(func: Callable[..., Any], given: tuple[str, ...] = ("the context",)) -> Signature:
-    """The Signature of `func` when the engine passes `given` (what they are, for messages) and, if it takes it, the Environment."""
+    """The Signature of `func` if the engine passes `given` (named for messages) and, where taken, the Environment."""
     kind = call_kind(func)
     try:
         parameters = _parameters(func)
@@ -72,10 +73,14 @@ def read_signature(func: Callable[..., Any], given: tuple[str, ...] = ("the cont
     positional = [p for p in parameters if p.kind in _POSITIONAL and p is not resource]
     variadic = any(p.kind is _Parameter.VAR_POSITIONAL for p in parameters)
     beyond = positional[len(given) :]
-    problems = _parameter_problems(parameters, positional, resource, variadic, given)
+    takes_env = bool(beyond) and (beyond[0].default is _Parameter.empty or beyond[0].name in _ENVIRONMENT_NAMES)
+    problems = [
+        *_positional_problems(positional, variadic, given),
+        *_keyword_problems(parameters, positional[: len(given) + takes_env], resource),
+    ]
     return Signature(
         kind,
-        takes_env=bool(beyond) and (beyond[0].default is _Parameter.empty or beyond[0].name in _ENVIRONMENT_NAMES),
+        takes_env=takes_env,
         takes_resource=resource is not None,
         needs_resource=resource is not None and resource.default is _Parameter.empty,
         problems=tuple(problems),
@@ -85,7 +90,8 @@ def read_signature(func: Callable[..., Any], given: tuple[str, ...] = ("the cont
 def returns_only_none(func: Callable[..., Any]) -> bool:
     """Whether every way out of a function (or coroutine function) that returns, returns None (SEMANTICS T4).
 
-    Read from its bytecode. False for what can only raise or never ends, for generators, and wherever it cannot be decided.
+    Read from its bytecode. False for what can only raise or never ends, for generators, and wherever it cannot be
+    decided.
     """
     if call_kind(func) not in ("function", "coroutine"):
         return False
@@ -119,32 +125,31 @@ def _parameters(func: Callable[..., Any]) -> list[inspect.Parameter]:
     return parameters
 
 
-def _parameter_problems(
-    parameters: list[inspect.Parameter],
-    positional: list[inspect.Parameter],
-    resource: inspect.Parameter | None,
-    variadic: bool,
-    given: tuple[str, ...],
-) -> list[str]:
-    problems = []
+def _positional_problems(
+    positional: Sequence[inspect.Parameter], variadic: bool, given: tuple[str, ...]
+) -> Iterator[str]:
     required = sum(p.default is _Parameter.empty for p in positional)
     if len(positional) < len(given) and not variadic:
-        problems.append(f"its function takes {_count(len(positional))}, but is called with {' and '.join(given)}")
+        yield f"its function takes {_count(len(positional))}, but is called with {' and '.join(given)}"
     if required > len(given) + 1:
-        problems.append(
-            f"its function needs {_count(required)}, but is called with {', '.join(given)} and the environment at most; "
+        yield (
+            f"its function needs {_count(required)}, but is called with {', '.join(given)} and at most the environment; "
             "bind the others with functools.partial"
         )
+
+
+def _keyword_problems(
+    parameters: Sequence[inspect.Parameter], filled: Sequence[inspect.Parameter], resource: inspect.Parameter | None
+) -> Iterator[str]:
     for p in parameters:
         if p.kind is _Parameter.KEYWORD_ONLY and p is not resource and p.default is _Parameter.empty:
-            problems.append(
-                f"its function needs the keyword {p.name!r}, which nobody gives; bind it with functools.partial"
-            )
-    if resource is not None and resource.kind is _Parameter.POSITIONAL_ONLY:
-        problems.append("its parameter 'resource' is positional-only, but is filled by keyword")
-    elif resource is not None and any(parameters.index(p) > parameters.index(resource) for p in positional):
-        problems.append("its parameter 'resource' must come last: it is filled by keyword")
-    return problems
+            yield f"its function needs the keyword {p.name!r}, which nobody gives; bind it with functools.partial"
+    if resource is None:
+        return
+    if resource.kind is _Parameter.POSITIONAL_ONLY:
+        yield "its parameter 'resource' is positional-only, but is filled by keyword"
+    elif any(parameters.index(p) > parameters.index(resource) for p in filled):
+        yield "its parameter 'resource' must come after the others: it is filled by keyword"
 
 
 def _count(number: int) -> str:
@@ -153,8 +158,8 @@ def _count(number: int) -> str:
 
 @lru_cache(maxsize=1024)
 def _code_returns_only_none(code: CodeType) -> bool:
-    # CPython 3.11 and 3.14 write LOAD_CONST None, RETURN_VALUE; 3.12 and 3.13 RETURN_CONST None. A RETURN_VALUE that is jumped to
-    # (`return a or None`) may return something else: not decided, so not refused.
+    # CPython 3.11 and 3.14 write LOAD_CONST None, RETURN_VALUE; 3.12 and 3.13 RETURN_CONST None. A RETURN_VALUE that is
+    # jumped to (`return a or None`) may return something else: not decided, so not refused.
     found = False
     before: dis.Instruction | None = None
     for step in dis.get_instructions(code):

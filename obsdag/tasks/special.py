@@ -1,4 +1,4 @@
-"""The two tasks that every built DAG has and no function stands behind: where contexts come in, and where outputs go out."""
+"""The two tasks that every built DAG has and no function stands behind: where contexts come in and outputs go out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stream tasks: one generator takes context after context and yields what goes on; its state lives with the run (T5, T14)."""
+"""Stream tasks: one generator takes context after context and yields what goes on; it lives with the run (T5, T14)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["AsyncStreamTask", "ForegroundSyncStreamTask", "StreamTask", "SyncStr
 
 
 class StreamTask(FunctionTask):
-    """A generator that is given the first context as its argument, is sent the following, and yields what goes on for each.
+    """A generator that is given the first context, is sent the following ones, and yields what goes on for each.
 
     One execution at a time. `context = yield result` is the usual line.
     """

@@ -15,9 +15,10 @@ __all__ = ["SubDAG"]
 class SubDAG(Task):
     """Stands for the tasks of `dag` where dependencies are told; it is never in a plan itself.
 
-    Added to a DAG (`add_task`, or `dag.include`, which makes one), copies of the other's tasks appear there as `name/task`. As a
-    dependency it means all its exit tasks. `members`, `entries` and `exits` are ids in the DAG that it was added to: all its tasks,
-    those without and those with nothing after them. `config` must be left alone: the members have their own.
+    Added to a DAG (`add_task`, or `dag.include`, which makes one), copies of the other's tasks appear there as
+    `name/task`. As a dependency it means all its exit tasks. `members`, `entries` and `exits` are ids in the DAG that
+    it was added to: all its tasks, those without and those with nothing after them. `config` must be left alone: the
+    members have their own.
     """
 
     kind = "subdag"
