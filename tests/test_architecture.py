@@ -1,0 +1,264 @@
+"""The shape of the house, read from the source: floors, purity, documentation, lengths, and what may be tracked.
+
+The floors are those of the map in `obsdag/__init__.py`. A failing test here names the place and the way out.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import obsdag
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "obsdag"
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "core.states", "core.records"),
+    ("config", "limits"),
+    ("runtime", "context", "tasks"),
+    ("plan", "graph", "loader"),
+    ("core",),
+    ("telemetry",),
+    ("pools", "worker", "executor"),
+    ("serve",),
+    ("ops", "testing"),
+    ("cli", "examples"),
+)
+"""From the ground up. A module may import from its own floor and those below it."""
+
+TELEMETRY_LIBRARIES = {"opentelemetry", "prometheus_client", "structlog", "logging"}
+IMPURE = TELEMETRY_LIBRARIES | {
+    *("asyncio", "concurrent", "multiprocessing", "selectors", "signal", "socket", "subprocess", "threading", "time")
+}
+FORBIDDEN: dict[str, set[str]] = {
+    "core": IMPURE,
+    **dict.fromkeys(
+        ("config", "context", "errors", "graph", "limits", "plan", "runtime", "tasks"),
+        TELEMETRY_LIBRARIES | {"asyncio"},
+    ),
+}
+"""What a module must not import at all, not even for its types."""
+
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+LONGER_FILES: dict[str, int] = {}
+LONGER_FUNCTIONS: dict[str, int] = {}
+"""Exceptions and their present length: an entry may only shrink, and goes when it is no longer needed."""
+
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    "CHANGELOG.md",
+    "LICENSE",
+    "README.md",
+    "dashboards",
+    "docker-compose.yml",
+    "obsdag",
+    "pyproject.toml",
+    "tests",
+}
+
+# Written with a class in the middle so that this file does not match itself.
+MACHINE = re.compile(r"/wor[k]/|/tm[p]/venv|/roo[t]/|/hom[e]/[a-z]|C:[\\]Users")
+REGISTRIES = re.compile(
+    r"pypi[.]org|pythonhosted[.]org|registry[.]npmjs|proxy[.]golang|docker[.]io|ghcr[.]io|deb[.]debian[.]org"
+)
+
+
+class Import(NamedTuple):
+    """One imported module: where, what, whether only for types, and whether inside a function."""
+
+    place: str
+    module: str
+    for_types: bool
+    late: bool
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def _imports(name: str) -> Iterator[Import]:
+    pending: list[tuple[ast.AST, bool, bool]] = [(TREES[name], False, False)]
+    while pending:
+        node, for_types, late = pending.pop()
+        place = f"{name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            yield from (Import(place, alias.name, for_types, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{place}: relative import; write the full name"
+            yield from (Import(place, module, for_types, late) for module in _sources(node))
+        late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += [(child, True, late) for child in node.body]
+            pending += [(child, for_types, late) for child in node.orelse]
+        else:
+            pending += [(child, for_types, late) for child in ast.iter_child_nodes(node)]
+
+
+def _sources(node: ast.ImportFrom) -> set[str]:
+    """The modules that `from x import a, b` reads: x, or x.a where that is a module."""
+    base = node.module or ""
+    return {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names}
+
+
+def _is_within(module: str, entry: str) -> bool:
+    return module == f"obsdag.{entry}" or module.startswith(f"obsdag.{entry}.")
+
+
+def _floor(module: str) -> int:
+    """The floor of the longest entry that the module lies in; the package itself is the roof."""
+    if module == "obsdag":
+        return len(FLOORS)
+    found = [
+        (len(entry), floor) for floor, entries in enumerate(FLOORS) for entry in entries if _is_within(module, entry)
+    ]
+    assert found, f"{module} has no floor: put it into FLOORS and into the map in obsdag/__init__.py"
+    return max(found)[1]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_downwards(name: str) -> None:
+    upwards = [
+        f"{found.place} imports {found.module}"
+        for found in _imports(name)
+        if found.module.split(".")[0] == "obsdag" and not found.for_types and _floor(found.module) > _floor(name)
+    ]
+
+    assert not upwards, f"a lower floor must not know a higher one: {upwards}"
+
+
+def test_no_module_needs_itself_to_be_imported() -> None:
+    graph = {
+        name: {
+            each.module for each in _imports(name) if each.module in MODULES and not each.for_types and not each.late
+        }
+        for name in MODULES
+    }
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"modules import one another in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_deciding_code_is_pure(name: str) -> None:
+    forbidden = set().union(*(names for entry, names in FORBIDDEN.items() if _is_within(name, entry)))
+    found = [f"{each.place} imports {each.module}" for each in _imports(name) if each.module.split(".")[0] in forbidden]
+
+    assert not found, f"time is handed in, facts are told to observers: {found}"
+
+
+@pytest.mark.parametrize("module", ["obsdag", *(name for name in MODULES if name.startswith("obsdag.core"))])
+def test_the_engine_loads_no_telemetry_library(module: str) -> None:
+    heavy = "{'prometheus_client', 'opentelemetry.sdk', 'structlog', 'rich'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_has_a_docstring_and_says_what_it_exports(name: str) -> None:
+    assert ast.get_docstring(TREES[name]), f"{name} needs a docstring that says what it is for"
+    if MODULES[name].name == "__main__.py":
+        return
+    module = importlib.import_module(name)
+    missing = [each for each in module.__all__ if not hasattr(module, each)]
+
+    assert not missing, f"{name}.__all__ names what is not there: {missing}"
+    assert list(module.__all__) == sorted(set(module.__all__), key=_ruff_order), f"sort {name}.__all__ (ruff RUF022)"
+
+
+def _ruff_order(name: str) -> tuple[int, str]:
+    """RUF022's order: CONSTANTS, then Classes, then the rest."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+def test_every_module_is_found_by_import() -> None:
+    walked = {each.name for each in pkgutil.walk_packages([str(PACKAGE)], "obsdag.")} | {"obsdag"}
+
+    assert {name for name in MODULES if not name.endswith("__main__")} <= walked, "a folder lacks its __init__.py"
+
+
+def test_files_do_not_grow_beyond_their_bound() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
+
+    _ratchet(lengths, MAX_FILE_LINES, LONGER_FILES, "LONGER_FILES")
+
+
+def test_functions_do_not_grow_beyond_their_bound() -> None:
+    lengths = {
+        f"{name}.{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+
+    _ratchet(lengths, MAX_FUNCTION_LINES, LONGER_FUNCTIONS, "LONGER_FUNCTIONS")
+
+
+def _ratchet(lengths: dict[str, int], bound: int, longer: dict[str, int], table: str) -> None:
+    too_long = {place: lines for place, lines in lengths.items() if lines > longer.get(place, bound)}
+    assert not too_long, f"cut these into smaller pieces (bound {bound} lines): {too_long}"
+    loose = {place: lengths.get(place, 0) for place, lines in longer.items() if lengths.get(place, 0) != lines}
+    assert not loose, f"these became shorter: lower or remove their entries in {table}: {loose}"
+    assert all(lines > bound for lines in longer.values()), f"an entry of {table} is within the bound: remove it"
+
+
+def _tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    done = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_the_top_of_the_repository_stays_small() -> None:
+    top = {path.relative_to(ROOT).parts[0] for path in _tracked()}
+
+    assert top <= TOP_LEVEL, "put it into one of the folders, or say here why not"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"), [(MACHINE, "a path of one machine"), (REGISTRIES, "a package registry's host")]
+)
+def test_tracked_files_name_no(pattern: re.Pattern[str], what: str) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in _tracked()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="ignore").splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+    assert not found, f"{what} is named in {found}"
+
+
+def test_the_public_surface_is_the_documented_one() -> None:
+    assert set(obsdag.__all__) <= set(dir(obsdag))
+    strangers = [name for name in obsdag.__all__ if not _is_own(getattr(obsdag, name))]
+    assert not strangers, f"these come from elsewhere: {strangers}"
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        getattr(obsdag, "nothing_of_that_name")  # noqa: B009
+
+
+def _is_own(value: object) -> bool:
+    return getattr(value, "__module__", "obsdag").split(".")[0] == "obsdag"
