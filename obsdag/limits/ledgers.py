@@ -1,0 +1,236 @@
+"""The state of one limit, by kind. Called by the book only, with its lock held (see `obsdag.limits`)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, ClassVar, Final
+
+from obsdag.errors import ConfigError
+from obsdag.limits.definitions import MAKE, ConcurrencyLimit, Limit, RateLimit, ResourcePool
+from obsdag.limits.requests import Closing, Kind, LimitRequest, LimitStatus
+
+__all__ = ["NOW", "ON_RELEASE", "ConcurrencyLedger", "Ledger", "PoolLedger", "RateLedger", "open_ledger"]
+
+NOW: Final = -math.inf
+"""A permit is there whatever the time."""
+ON_RELEASE: Final = math.inf
+"""No time brings a permit: somebody has to give one back."""
+
+
+class Ledger(ABC):
+    """`line`: who waits, in order of asking. `held`: requests that hold a permit. `attached`: runs that may ask."""
+
+    __slots__ = ("attached", "held", "limit", "line")
+    kind: ClassVar[Kind]
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self.line: OrderedDict[LimitRequest, None] = (
+            OrderedDict()
+        )  # finding a dict's first key is O(keys deleted before)
+        self.held = 0
+        self.attached = 0
+
+    @abstractmethod
+    def ready_at(self) -> float:
+        """From when on a permit is there: NOW, a time in seconds, or ON_RELEASE."""
+
+    @abstractmethod
+    def capacity(self) -> int | None:
+        """Most permits at once, None if unbounded."""
+
+    def take(self, request: LimitRequest, now: float) -> None:
+        """Hand a permit to `request`, at or after `ready_at`."""
+        self.held += 1
+
+    def put(self, request: LimitRequest, unused: bool) -> Sequence[Closing]:
+        """Take back what `take` handed over. Returns what is to be closed."""
+        self.held -= 1
+        return ()
+
+    def set_back(self, now: float) -> None:
+        """The clock was set back, to `now`."""
+
+    def retire(self) -> Sequence[Closing]:
+        """The last run detached. Returns what is to be closed."""
+        return ()
+
+    def at_rest(self, now: float) -> bool:
+        """Nobody uses it, and a new ledger would be as good."""
+        return not (self.attached or self.held or self.line)
+
+    def status(self) -> LimitStatus:
+        """What a snapshot shows."""
+        return LimitStatus(
+            limit=self.limit,
+            name=self.limit.name,
+            kind=self.kind,
+            capacity=self.capacity(),
+            in_use=self.held,
+            waiting=len(self.line),
+            next_permit_at=None,
+        )
+
+
+class ConcurrencyLedger(Ledger):
+    """Counts."""
+
+    __slots__ = ("_n",)
+    kind = "concurrency"
+
+    def __init__(self, limit: ConcurrencyLimit) -> None:
+        super().__init__(limit)
+        self._n = limit.n
+
+    def ready_at(self) -> float:
+        return NOW if self.held < self._n else ON_RELEASE
+
+    def capacity(self) -> int:
+        return self._n
+
+
+class RateLedger(Ledger):
+    """GCRA with its theoretical arrival time, when the bucket will be full again, kept as `_base + _count * per / n`.
+
+    `_base` is a time at which the bucket was full, `_count` the permits since: each time is computed with one rounding, so
+    errors do not add up, and the time that is told is by the same expression the time that is compared.
+    Permits are numbered. Those given back unused are taken off from the latest downwards, as if they had never been granted;
+    `_returned` are numbers that have a used permit, or one still held, above them.
+    """
+
+    __slots__ = ("_base", "_burst", "_count", "_latest", "_n", "_per", "_returned")
+    kind = "rate"
+
+    def __init__(self, limit: RateLimit) -> None:
+        super().__init__(limit)
+        self._n = limit.n
+        self._per = float(limit.per)
+        self._burst = limit.burst or 1
+        self._base = -math.inf
+        self._count = 0
+        self._latest = 0
+        self._returned: set[int] = set()
+
+    def ready_at(self) -> float:
+        return self._base + (self._count + 1 - self._burst) * self._per / self._n
+
+    def _full_at(self) -> float:
+        return self._base + self._count * self._per / self._n
+
+    def capacity(self) -> int:
+        return self._burst
+
+    def take(self, request: LimitRequest, now: float) -> None:
+        if now > self._full_at():  # not >=: who comes exactly on time goes on counting from the same base
+            self._base = now
+            self._count = 0
+            self._returned.clear()
+        self._count += 1
+        self._latest += 1
+        self.held += 1
+        if request._permits is None:
+            request._permits = {}
+        request._permits[self] = self._latest
+
+    def put(self, request: LimitRequest, unused: bool) -> Sequence[Closing]:
+        self.held -= 1
+        if unused and request._permits is not None:
+            self._give_back(request._permits[self])
+        return ()
+
+    def _give_back(self, number: int) -> None:
+        returned = self._returned
+        returned.add(number)
+        while self._latest in returned:
+            returned.remove(self._latest)
+            self._latest -= 1
+            self._count = max(self._count - 1, 0)
+        if len(returned) > 2 * self._burst:  # bounds the memory; the permits forgotten are lost, as RateLimit says
+            self._returned = {each for each in returned if each > self._latest - self._burst}
+
+    def set_back(self, now: float) -> None:
+        """Never wait for a time that was near by the old clock and is far by the new one: begin anew, with no permit left."""
+        if self._full_at() > now + self._burst * self._per / self._n:
+            self._base = now
+            self._count = self._burst
+
+    def at_rest(self, now: float) -> bool:
+        return super().at_rest(now) and self._full_at() <= now
+
+    def status(self) -> LimitStatus:
+        status = super().status()
+        if self._base > -math.inf:
+            status["next_permit_at"] = self.ready_at()
+        return status
+
+
+class PoolLedger(Ledger):
+    """`_idle`: items to give out, the last one first. `_made`: items that exist or are being made, never above `_most`."""
+
+    __slots__ = ("_idle", "_made", "_most", "_pool")
+    kind = "pool"
+
+    def __init__(self, limit: ResourcePool) -> None:
+        super().__init__(limit)
+        self._pool = limit
+        self._idle = list(reversed(limit.items))
+        self._made = len(self._idle)
+        self._most = len(self._idle) if limit.factory is None else limit.size
+
+    def _may_make(self) -> bool:
+        return self._pool.factory is not None and (self._most is None or self._made < self._most)
+
+    def ready_at(self) -> float:
+        return NOW if self._idle or self._may_make() else ON_RELEASE
+
+    def capacity(self) -> int | None:
+        return self._most
+
+    def take(self, request: LimitRequest, now: float) -> None:
+        self.held += 1
+        if self._idle:
+            request.resources[self._pool] = self._idle.pop()
+        else:
+            self._made += 1
+            request.resources[self._pool] = MAKE
+
+    def put(self, request: LimitRequest, unused: bool) -> Sequence[Closing]:
+        if self._pool not in request.resources:  # could not be made; its place was given back then
+            return ()
+        self.held -= 1
+        item = request.resources.pop(self._pool)
+        if item is MAKE:
+            self._made -= 1
+            return ()
+        self._idle.append(item)
+        return () if self.attached else self.retire()
+
+    def adopt(self, item: Any) -> bool:
+        """Keep an item whose request is gone, if somebody may use it and there is room."""
+        if not (self.attached and self._may_make()):
+            return False
+        self._made += 1
+        self._idle.append(item)
+        return True
+
+    def retire(self) -> Sequence[Closing]:
+        close = self._pool.close
+        if close is None:
+            return ()
+        idle, self._idle = self._idle, []
+        self._made -= len(idle)
+        return [(close, item) for item in reversed(idle)]
+
+
+def open_ledger(limit: Limit) -> Ledger:
+    """A ledger with every permit there. Raises ConfigError for a limit of an unknown kind."""
+    if isinstance(limit, ConcurrencyLimit):
+        return ConcurrencyLedger(limit)
+    if isinstance(limit, RateLimit):
+        return RateLedger(limit)
+    if isinstance(limit, ResourcePool):
+        return PoolLedger(limit)
+    raise ConfigError(f"a limit must be a RateLimit, ConcurrencyLimit or ResourcePool, not {limit!r}")
