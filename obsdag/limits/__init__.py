@@ -1,7 +1,7 @@
 r"""Limits: how often, how many at once, with which resource (SEMANTICS T7, T8). Decisions only: nothing here sleeps.
 
-`definitions` is what users write, compared by identity. The state is in a `LimitBook` (`book`), one per `Runtime`, as one
-*ledger* per limit (`ledgers`). Who wants permits is a *request* (`requests`), in one of three states:
+`definitions` is what users write, compared by identity. The state is in a `LimitBook` (`book`), one per `Runtime`, as
+one *ledger* per limit (`ledgers`). Who wants permits is a *request* (`requests`), in one of three states:
 
     waiting --(every permit is there, first in every line)--> held --(release)--> done
         \--------------------------(release)-----------------------------------^
@@ -9,8 +9,8 @@ r"""Limits: how often, how many at once, with which resource (SEMANTICS T7, T8).
 Invariants, kept under the book's one lock:
 
 - A request holds all of its permits or none, so two tasks that ask in different order cannot block each other.
-- A waiting request stands in the line of each of its limits, in order of asking, and only who is first in all of its lines
-  is granted. So the oldest request waits for nothing but a release or the clock, and nobody starves.
+- A waiting request stands in the line of each of its limits, in order of asking, and only who is first in all of its
+  lines is granted. So the oldest request waits for nothing but a release or the clock, and nobody starves.
 - Only who is first is ever looked at, so those behind cost nothing; leaving the middle of a line is O(1).
 - Owners are told after the lock is let go: they may live in other threads and event loops.
 

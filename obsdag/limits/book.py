@@ -1,4 +1,4 @@
-"""Who gets which permits when: the state of all limits of one runtime, and the lines before them (see `obsdag.limits`)."""
+"""Who gets which permits when: the state of all limits of one runtime, and the lines before them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from obsdag.limits.definitions import MAKE, Limit, ResourcePool
-from obsdag.limits.ledgers import NOW, ON_RELEASE, Ledger, PoolLedger, open_ledger
+from obsdag.limits.ledgers import NOW, ON_RELEASE, Ledger, open_ledger
 from obsdag.limits.requests import Closing, LimitOwner, LimitRequest, LimitStatus
 
 __all__ = ["LimitBook"]
 
-# Threads read one clock and then race for the lock, so times come in a little out of order. A time that is older than the
-# latest one by more than this (seconds) means that the clock was set back.
+# Threads read one clock and then race for the lock, so times come in a little out of order. A time that is older than
+# the latest one by more than this (seconds) means that the clock was set back.
 _CLOCK_RACE_S: Final = 1.0
 
 _News = tuple[LimitRequest, float | None]  # to tell the owner: the time to rearm, or None: granted
 
 
 class LimitBook:
-    """The state of limits, shared by the runs of one `Runtime` (SEMANTICS T7, T8). Every method is thread-safe and quick.
+    """The state of limits, shared by the runs of one `Runtime` (SEMANTICS T7, T8). Every method is thread-safe and
+    quick.
 
-    A run calls `attach` first and `detach` last. In between, for each execution: `request`, and `release` when it is over,
-    whatever became of it. A request that is not granted at once is told later, with `LimitOwner.granted`.
-    `advance` is to be called at the times told with `LimitOwner.rearm`; `due` tells again, say after a timer that fired early.
+    A run calls `attach` first and `detach` last. In between, for each execution: `request`, and `release` when it is
+    over, whatever became of it. A request that is not granted at once is told later, with `LimitOwner.granted`.
+    `advance` is to be called at the times told with `LimitOwner.rearm`; `due` tells again, say after a timer that
+    fired early.
     """
 
     __slots__ = ("_asked", "_latest", "_ledgers", "_lock", "_news", "_retired", "_timed")
@@ -100,12 +102,12 @@ class LimitBook:
         _tell(news)
 
     def due(self, owner: LimitOwner) -> float | None:
-        """The earliest time at which `owner` has to call `advance`; None if none of its requests waits for a time only."""
+        """When `owner` has to call `advance` next; None if none of its requests waits for a time only."""
         with self._lock:
             return min((at for request, at in self._timed.items() if request.owner is owner), default=None)
 
     def attach(self, limits: Iterable[Limit]) -> None:
-        """A run is going to use `limits`, until it calls `detach` with the same. Raises ConfigError as `request` does."""
+        """A run is going to use `limits` until it calls `detach` with the same. Raises ConfigError like `request`."""
         with self._lock:
             self._sweep()
             for ledger in [self._ledgers.get(limit) or self._opened(limit) for limit in limits]:
@@ -115,8 +117,8 @@ class LimitBook:
     def detach(self, limits: Iterable[Limit]) -> list[Closing]:
         """A run uses `limits` no more. Returns what it has to close: the idle items of pools that no other run uses.
 
-        A limit's state is dropped when no run uses it, but a rate's only when it is as good as new (so that the rate holds
-        over runs one after the other), and one with permits still held only after they were given back.
+        A limit's state is dropped when no run uses it, but a rate's only when it is as good as new (so that the rate
+        holds over runs one after the other), and one with permits still held only after they were given back.
         """
         closings: list[Closing] = []
         with self._lock:
@@ -133,15 +135,15 @@ class LimitBook:
     def resource_made(self, request: LimitRequest, pool: ResourcePool, item: Any, now: float) -> bool:
         """The item for which MAKE stood is made. False: nobody can use it, the caller has to close it.
 
-        If the request was released in the meantime, the item becomes an idle one, if there is room for it. (To keep within
-        `size` even then, tell the result first and release afterwards.)
+        If the request was released in the meantime, the item becomes an idle one, if there is room for it. (To keep
+        within `size` even then, tell the result first and release afterwards.)
         """
         with self._lock:
             if request.granted and request.resources.get(pool) is MAKE:
                 request.resources[pool] = item
                 return True
             ledger = self._ledgers.get(pool)
-            if not isinstance(ledger, PoolLedger) or not ledger.adopt(item):
+            if ledger is None or not ledger.adopt(item):
                 return False
             self._see(now)
             self._settle((ledger,), now)
@@ -150,7 +152,7 @@ class LimitBook:
         return True
 
     def resource_failed(self, request: LimitRequest, pool: ResourcePool, now: float) -> None:
-        """The item for which MAKE stood cannot be made: its place is free again. Other permits are kept until `release`."""
+        """The item for which MAKE stood cannot be made: its place is free again, other permits are kept."""
         with self._lock:
             if not request.granted or request.resources.get(pool) is not MAKE:
                 return
@@ -225,7 +227,7 @@ class LimitBook:
                     pending += first._ledgers
 
     def _consider(self, request: LimitRequest, now: float) -> bool:
-        """Grant a waiting request if that is possible. Otherwise note what it waits for; if a time, its owner is told."""
+        """Grant a waiting request if possible. Otherwise note what it waits for; if a time, its owner is told."""
         ready_at = NOW
         for ledger in request._ledgers:
             if next(iter(ledger.line)) is not request:

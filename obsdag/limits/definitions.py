@@ -22,7 +22,7 @@ MAKE: Final = _Make()
 
 
 class Limit:
-    """A limit's definition: hashed and compared by identity, and never copied: who uses the same object shares the limit."""
+    """A limit's definition: hashed and compared by identity, never copied. Users of one object share the limit."""
 
     __slots__ = ()
     name: str | None
@@ -38,15 +38,16 @@ class Limit:
 class RateLimit(Limit):
     """`n` permits per `per` seconds. Raises ConfigError by name.
 
-    burst=None: permits are at least per / n apart. burst=b: up to b at once after a pause of b * per / n, then per / n apart;
-    any w seconds see at most b + w * n / per permits.
+    burst=None: permits are at least per / n apart. burst=b: up to b at once after a pause of b * per / n, then per /
+    n apart; any w seconds see at most b + w * n / per permits.
 
     Decided by the generic cell rate algorithm in its virtual scheduling form (ITU-T Recommendation I.371; the same as a
-    token bucket of size b), with increment per / n and tolerance (b - 1) * per / n. Without a burst, a late wake-up is not
-    made up for: the next permit comes per / n after the time at which the last one was really granted.
+    token bucket of size b), with increment per / n and tolerance (b - 1) * per / n. Without a burst, a late wake-up
+    is not made up for: the next permit comes per / n after the time at which the last one was really granted.
 
-    A permit that is given back unused is there again once every permit granted after it was given back unused, too. Else it
-    is lost: without a burst it could not be used anyway, with one the limit is slower for a moment, never faster.
+    A permit that is given back unused is there again once every permit granted after it was given back unused, too.
+    Else it is lost: without a burst it could not be used anyway, with one the limit is slower for a moment, never
+    faster.
     """
 
     n: int
@@ -80,10 +81,11 @@ class ConcurrencyLimit(Limit):
 class ResourcePool(Limit):
     """Each execution gets an item of its own for as long as it runs. Raises ConfigError by name.
 
-    items_or_factory: an iterable of ready items, or a callable without arguments (sync or async) that makes one. Items are
-    made when one is needed and none is idle, at most `size` (None: unbounded). What came back last is given out first.
-    close: called (sync or async) with each idle item when the last run that uses the pool ends. Ready items are closed, too:
-    give a factory if the pool is to serve further runs after that.
+    items_or_factory: an iterable of ready items, or a callable without arguments (sync or async) that makes one.
+    Items are made when one is needed and none is idle, at most `size` (None: unbounded). What came back last is given
+    out first.
+    close: called (sync or async) with each idle item when the last run that uses the pool ends. Ready items are
+    closed, too: give a factory if the pool is to serve further runs after that.
     """
 
     items_or_factory: InitVar[Iterable[Any] | Callable[[], Any]]

@@ -12,7 +12,7 @@ from obsdag.errors import ConfigError
 from obsdag.limits.definitions import MAKE, ConcurrencyLimit, Limit, RateLimit, ResourcePool
 from obsdag.limits.requests import Closing, Kind, LimitRequest, LimitStatus
 
-__all__ = ["NOW", "ON_RELEASE", "ConcurrencyLedger", "Ledger", "PoolLedger", "RateLedger", "open_ledger"]
+__all__ = ["NOW", "ON_RELEASE", "Ledger", "open_ledger"]
 
 NOW: Final = -math.inf
 """A permit is there whatever the time."""
@@ -51,7 +51,11 @@ class Ledger(ABC):
         self.held -= 1
         return ()
 
-    def set_back(self, now: float) -> None:
+    def adopt(self, item: Any) -> bool:
+        """Keep a pool's item whose request is gone, if somebody may use it and there is room."""
+        return False
+
+    def set_back(self, now: float) -> None:  # noqa: B027 - only a rate's ledger knows times
         """The clock was set back, to `now`."""
 
     def retire(self) -> Sequence[Closing]:
@@ -75,7 +79,7 @@ class Ledger(ABC):
         )
 
 
-class ConcurrencyLedger(Ledger):
+class _ConcurrencyLedger(Ledger):
     """Counts."""
 
     __slots__ = ("_n",)
@@ -92,13 +96,13 @@ class ConcurrencyLedger(Ledger):
         return self._n
 
 
-class RateLedger(Ledger):
+class _RateLedger(Ledger):
     """GCRA with its theoretical arrival time, when the bucket will be full again, kept as `_base + _count * per / n`.
 
-    `_base` is a time at which the bucket was full, `_count` the permits since: each time is computed with one rounding, so
-    errors do not add up, and the time that is told is by the same expression the time that is compared.
-    Permits are numbered. Those given back unused are taken off from the latest downwards, as if they had never been granted;
-    `_returned` are numbers that have a used permit, or one still held, above them.
+    `_base` is a time at which the bucket was full, `_count` the permits since: each time is computed with one
+    rounding, so errors do not add up, and the time that is told is by the same expression the time that is compared.
+    Permits are numbered. Those given back unused are taken off from the latest downwards, as if they had never been
+    granted; `_returned` are numbers that have a used permit, or one still held, above them.
     """
 
     __slots__ = ("_base", "_burst", "_count", "_latest", "_n", "_per", "_returned")
@@ -152,7 +156,7 @@ class RateLedger(Ledger):
             self._returned = {each for each in returned if each > self._latest - self._burst}
 
     def set_back(self, now: float) -> None:
-        """Never wait for a time that was near by the old clock and is far by the new one: begin anew, with no permit left."""
+        """Begin anew, with no permit left, if what was near by the old clock is far by the new one."""
         if self._full_at() > now + self._burst * self._per / self._n:
             self._base = now
             self._count = self._burst
@@ -167,8 +171,8 @@ class RateLedger(Ledger):
         return status
 
 
-class PoolLedger(Ledger):
-    """`_idle`: items to give out, the last one first. `_made`: items that exist or are being made, never above `_most`."""
+class _PoolLedger(Ledger):
+    """`_idle`: items to give out, the last one first. `_made`: items that exist or are being made, up to `_most`."""
 
     __slots__ = ("_idle", "_made", "_most", "_pool")
     kind = "pool"
@@ -209,7 +213,6 @@ class PoolLedger(Ledger):
         return () if self.attached else self.retire()
 
     def adopt(self, item: Any) -> bool:
-        """Keep an item whose request is gone, if somebody may use it and there is room."""
         if not (self.attached and self._may_make()):
             return False
         self._made += 1
@@ -228,9 +231,9 @@ class PoolLedger(Ledger):
 def open_ledger(limit: Limit) -> Ledger:
     """A ledger with every permit there. Raises ConfigError for a limit of an unknown kind."""
     if isinstance(limit, ConcurrencyLimit):
-        return ConcurrencyLedger(limit)
+        return _ConcurrencyLedger(limit)
     if isinstance(limit, RateLimit):
-        return RateLedger(limit)
+        return _RateLedger(limit)
     if isinstance(limit, ResourcePool):
-        return PoolLedger(limit)
+        return _PoolLedger(limit)
     raise ConfigError(f"a limit must be a RateLimit, ConcurrencyLimit or ResourcePool, not {limit!r}")

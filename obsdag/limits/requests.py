@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from obsdag.limits.definitions import Limit, ResourcePool
-    from obsdag.limits.ledgers import Ledger, RateLedger
+    from obsdag.limits.ledgers import Ledger
 
 __all__ = ["Closing", "Kind", "LimitOwner", "LimitRequest", "LimitStatus"]
 
@@ -20,12 +20,12 @@ Closing = tuple[Callable[[Any], Any], Any]
 class LimitOwner(Protocol):
     """Whoever asks for permits: a run. It may be told from any thread, without the book's lock.
 
-    Both methods must be quick, must not raise (not even because an event loop is closed), and should only note what they
-    are told: calling the book back would work, but recurse along a line of grants.
+    Both methods must be quick, must not raise (not even because an event loop is closed), and should only note what
+    they are told: calling the book back would work, but recurse along a line of grants.
     """
 
     def granted(self, request: LimitRequest) -> None:
-        """A request that waited holds its permits now. If `request.granted` is False it was released since: ignore it."""
+        """A request that waited holds its permits now. Ignore it if it was released since (`request.granted`)."""
 
     def rearm(self, at: float) -> None:
         """Call `advance` at the time `at`, too: a request of this owner waits for nothing but that time."""
@@ -67,15 +67,15 @@ class LimitRequest:
         self._ledgers: tuple[Ledger, ...] = ()
         self._waits = False
         self._number = 0  # the place in the order of asking, of one that has to wait
-        self._permits: dict[RateLedger, int] | None = None  # numbers of rate permits, for giving them back unused
+        self._permits: dict[Ledger, int] | None = None  # numbers of rate permits, for giving them back unused
 
 
 class LimitStatus(TypedDict):
     """One limit at one moment, for metrics and live pages.
 
     limit: the definition, for whoever has names for limits without one. capacity: most permits at once (of a rate: its
-    burst), None for an unbounded pool. in_use: granted and not released. next_permit_at: of a rate that was used: seconds of
-    the book's clock, past or present if a permit is there; else None.
+    burst), None for an unbounded pool. in_use: granted and not released. next_permit_at: of a rate that was used:
+    seconds of the book's clock, past or present if a permit is there; else None.
     """
 
     limit: Limit
