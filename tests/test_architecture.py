@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "core.states", "core.records"),
     ("config", "limits"),
     ("runtime", "context", "tasks"),
-    ("plan", "graph", "loader"),
+    ("plan", "validation", "graph"),
     ("core",),
     ("telemetry",),
     ("pools", "worker", "executor"),
@@ -44,7 +44,7 @@ IMPURE = TELEMETRY_LIBRARIES | {
 FORBIDDEN: dict[str, set[str]] = {
     "core": IMPURE,
     **dict.fromkeys(
-        ("config", "context", "errors", "graph", "limits", "plan", "runtime", "tasks"),
+        ("config", "context", "errors", "graph", "limits", "plan", "runtime", "tasks", "validation"),
         TELEMETRY_LIBRARIES | {"asyncio"},
     ),
 }
