@@ -21,8 +21,7 @@ _News = tuple[LimitRequest, float | None]  # to tell the owner: the time to rear
 
 
 class LimitBook:
-    """The state of limits, shared by the runs of one `Runtime` (SEMANTICS T7, T8). Every method is thread-safe and
-    quick.
+    """The state of limits, shared by the runs of one `Runtime` (SEMANTICS T7, T8). Thread-safe; no call waits.
 
     A run calls `attach` first and `detach` last. In between, for each execution: `request`, and `release` when it is
     over, whatever became of it. A request that is not granted at once is told later, with `LimitOwner.granted`.

@@ -112,7 +112,8 @@ class ResourcePool(Limit):
 
 def _ready_items(items: Any) -> tuple[Any, ...]:
     if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-        raise ConfigError(f"ResourcePool.items_or_factory must be an iterable of items, or a callable, not {items!r}")
+        kind = type(items).__name__  # not its value: a text is likely an address with a password
+        raise ConfigError(f"ResourcePool.items_or_factory must be an iterable of items, or a callable, not a {kind}")
     ready = tuple(items)
     if not ready:
         raise ConfigError("ResourcePool.items_or_factory has no items: give some, or a callable that makes one")

@@ -28,9 +28,8 @@ class Ledger(ABC):
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
-        self.line: OrderedDict[LimitRequest, None] = (
-            OrderedDict()
-        )  # finding a dict's first key is O(keys deleted before)
+        # not a dict: to find its first key it steps over all that were deleted before
+        self.line: OrderedDict[LimitRequest, None] = OrderedDict()
         self.held = 0
         self.attached = 0
 
@@ -100,12 +99,13 @@ class _RateLedger(Ledger):
     """GCRA with its theoretical arrival time, when the bucket will be full again, kept as `_base + _count * per / n`.
 
     `_base` is a time at which the bucket was full, `_count` the permits since: each time is computed with one
-    rounding, so errors do not add up, and the time that is told is by the same expression the time that is compared.
+    rounding, so errors do not add up, and the time that is told comes from the same expression as the one that is
+    compared: a wake-up at exactly that time is not a moment too early.
     Permits are numbered. Those given back unused are taken off from the latest downwards, as if they had never been
     granted; `_returned` are numbers that have a used permit, or one still held, above them.
     """
 
-    __slots__ = ("_base", "_burst", "_count", "_latest", "_n", "_per", "_returned")
+    __slots__ = ("_base", "_burst", "_count", "_last", "_n", "_per", "_returned")
     kind = "rate"
 
     def __init__(self, limit: RateLimit) -> None:
@@ -115,7 +115,7 @@ class _RateLedger(Ledger):
         self._burst = limit.burst or 1
         self._base = -math.inf
         self._count = 0
-        self._latest = 0
+        self._last = 0
         self._returned: set[int] = set()
 
     def ready_at(self) -> float:
@@ -133,11 +133,11 @@ class _RateLedger(Ledger):
             self._count = 0
             self._returned.clear()
         self._count += 1
-        self._latest += 1
+        self._last += 1
         self.held += 1
         if request._permits is None:
             request._permits = {}
-        request._permits[self] = self._latest
+        request._permits[self] = self._last
 
     def put(self, request: LimitRequest, unused: bool) -> Sequence[Closing]:
         self.held -= 1
@@ -148,12 +148,13 @@ class _RateLedger(Ledger):
     def _give_back(self, number: int) -> None:
         returned = self._returned
         returned.add(number)
-        while self._latest in returned:
-            returned.remove(self._latest)
-            self._latest -= 1
+        while self._last in returned:
+            returned.remove(self._last)
+            self._last -= 1
             self._count = max(self._count - 1, 0)
-        if len(returned) > 2 * self._burst:  # bounds the memory; the permits forgotten are lost, as RateLimit says
-            self._returned = {each for each in returned if each > self._latest - self._burst}
+        if len(returned) > 2 * self._burst:
+            # To bound the memory. Nothing is lost: when `burst` later ones have been taken off, the bucket is full.
+            self._returned = {each for each in returned if each > self._last - self._burst}
 
     def set_back(self, now: float) -> None:
         """Begin anew, with no permit left, if what was near by the old clock is far by the new one."""
@@ -210,7 +211,7 @@ class _PoolLedger(Ledger):
             self._made -= 1
             return ()
         self._idle.append(item)
-        return () if self.attached else self.retire()
+        return () if self.attached or self.line else self.retire()
 
     def adopt(self, item: Any) -> bool:
         if not (self.attached and self._may_make()):
