@@ -1,27 +1,27 @@
 """Every exception that obsdag raises: one tree, each with one sentence on whose fault it is and what to do.
 
-    ObsdagError
-    ├── ConfigError            (ValueError)    a setting is unknown or out of range: change the setting
-    ├── GraphError             (ValueError)    the DAG cannot be built: all its mistakes are in `.problems`
-    ├── InputError             (ValueError)    what was given to `run`, `stream` or `submit` is no input
-    ├── ContextError           (ValueError)    a context was used where it cannot be: again, detached, in another run
-    ├── TaskError                              a task broke the rules of its kind: fix the task
-    │   ├── ExecutionTimeout   (TimeoutError)  an execution took longer than its `timeout`
-    │   ├── EncodingError                      data cannot be carried to another process: names key and type
-    │   ├── RemoteError                        an exception of a worker process that cannot be carried here itself
-    │   └── ServiceError                       the service or thread that worked on the context died
-    ├── PoolError                              a worker process died under its execution, or a pool cannot be used
-    ├── ResourceError                          a pooled resource could not be made
-    ├── DeadlineExceeded       (TimeoutError)  the run's or the root context's deadline passed
-    ├── RunFailed              (ExceptionGroup) a run with on_failure="raise" ended by a failure
-    ├── ServeError                             a request that the serving executor cannot take or answer
-    │   ├── QueueFullError                     too much is pending: wait, or answer 503
-    │   ├── NotAcceptingError                  the executor is not started, drains, or is stopped
-    │   ├── DuplicateIdError   (ValueError)    a living context has that id already
-    │   ├── UnknownTicketError (KeyError)      no ticket of that id: never given out, fetched, or expired
-    │   ├── NoOutputError                      the context ended without output; `.outcome` says how
-    │   └── ContextFailedError                 the context failed; its cause is `__cause__`
-    └── InternalError                          obsdag broke one of its own invariants: report it
+ObsdagError
+├── ConfigError            (ValueError)    a setting is unknown or out of range: change the setting
+├── GraphError             (ValueError)    the DAG cannot be built: all its mistakes are in `.problems`
+├── InputError             (ValueError)    what was given to `run`, `stream` or `submit` is no input
+├── ContextError           (ValueError)    a context was used where it cannot be: again, detached, in another run
+├── TaskError                              a task broke the rules of its kind: fix the task
+│   ├── ExecutionTimeout   (TimeoutError)  an execution took longer than its `timeout`
+│   ├── EncodingError                      data cannot be carried to another process: names key and type
+│   ├── RemoteError                        an exception of a worker process that cannot be carried here itself
+│   └── ServiceError                       the service or thread that worked on the context died
+├── PoolError                              a worker process died under its execution, or a pool cannot be used
+├── ResourceError                          a pooled resource could not be made
+├── DeadlineExceeded       (TimeoutError)  the run's or the root context's deadline passed
+├── RunFailed              (ExceptionGroup) a run with on_failure="raise" ended by a failure
+├── ServeError                             a request that the serving executor cannot take or answer
+│   ├── QueueFullError                     too much is pending: wait, or answer 503
+│   ├── NotAcceptingError                  the executor is not started, drains, or is stopped
+│   ├── DuplicateIdError   (ValueError)    a living context has that id already
+│   ├── UnknownTicketError (KeyError)      no ticket of that id: never given out, fetched, or expired
+│   ├── NoOutputError                      the context ended without output; `.outcome` says how
+│   └── ContextFailedError                 the context failed; its cause is `__cause__`
+└── InternalError                          obsdag broke one of its own invariants: report it
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What every task is: a node with a name, a configuration, neighbours, and a function that a kind knows how to call.
 
-A `Task` is a definition and never changes while it runs: each run works on its own copy (`Task.for_run`, SEMANTICS T10), so
-one DAG can run in two executors at once. What a kind adds is declared by three class attributes (`kind`, `runs_on`, `shape`) and
-the hooks `problems`, `startup` and `shutdown`; how it is driven is the business of the executor's runners.
+A `Task` is a definition and never changes while it runs: each run works on its own copy (`Task.for_run`, SEMANTICS
+T10), so one DAG can run in two executors at once. What a kind adds is declared by three class attributes (`kind`,
+`runs_on`, `shape`) and the hooks `problems`, `startup` and `shutdown`; how it is driven is the business of the
+executor's runners.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ class TaskConfig:
 class Task:
     """A node of the graph: `id` (its name), `config`, `upstream_tasks`, `downstream_tasks` (SEMANTICS section 1).
 
-    Raises ConfigError if `config` is no TaskConfig and TypeError if `func` cannot be called. What else is wrong with the function
-    is found when the DAG is built (`problems`), so that all mistakes are told at once (G3).
+    Raises ConfigError if `config` is no TaskConfig and TypeError if `func` cannot be called. What else is wrong with the
+    function is found when the DAG is built (`problems`), so that all mistakes are told at once (G3).
     """
 
     kind: ClassVar[str] = "task"

@@ -47,8 +47,8 @@ class Fixed:
 class Exponential:
     """Exponential backoff with full jitter: uniform in [0, min(cap, base * factor ** (attempt - 1))], in seconds.
 
-    Source of the formula: Marc Brooker, "Exponential Backoff And Jitter" (2015): full jitter spreads the retries of many
-    clients over the whole interval and so needs the fewest calls in all. `jitter=False` takes the upper end instead.
+    Source of the formula: Marc Brooker, "Exponential Backoff And Jitter" (2015): full jitter spreads the retries of
+    many clients over the whole interval and so needs the fewest calls in all. `jitter=False` takes the upper end.
     """
 
     base: float = 0.1
