@@ -115,8 +115,8 @@ class TaskConfig:
 class Task:
     """A node of the graph: `id` (its name), `config`, `upstream_tasks`, `downstream_tasks` (SEMANTICS section 1).
 
-    Raises ConfigError if `config` is no TaskConfig and TypeError if `func` cannot be called. What else is wrong with the
-    function is found when the DAG is built (`problems`), so that all mistakes are told at once (G3).
+    Raises ConfigError if `config` is no TaskConfig and TypeError if `func` cannot be called. What else is wrong with
+    the function is found when the DAG is built (`problems`), so that all mistakes are told at once (G3).
     """
 
     kind: ClassVar[str] = "task"
