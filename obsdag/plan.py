@@ -18,7 +18,7 @@ from operator import or_
 
 from obsdag.tasks.base import Task
 
-__all__ = ["Plan", "compile_plan", "indices", "topological_order"]
+__all__ = ["FAN_OUT_SHAPES", "Plan", "compile_plan", "indices", "topological_order"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,7 +184,7 @@ def compile_plan(
     )
 
 
-_FAN_OUT_SHAPES = ("function", "stream", "loop", "service", "map")
+FAN_OUT_SHAPES = ("function", "stream", "loop", "service", "map")
 
 
 def _down_list(up_list: Sequence[Sequence[int]], key: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
@@ -244,7 +244,7 @@ def _choices(
 
 
 def _fan_outs_above(tasks: Sequence[Task], bit: Sequence[int], ancestors: Sequence[int]) -> dict[int, int]:
-    fan_outs = _where(tasks, bit, lambda task: task.shape in _FAN_OUT_SHAPES and not task.config.pass_through)
+    fan_outs = _where(tasks, bit, lambda task: task.shape in FAN_OUT_SHAPES and not task.config.pass_through)
     return {i: ancestors[i] & fan_outs for i, task in enumerate(tasks) if task.shape == "join"}
 
 

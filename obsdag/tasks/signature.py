@@ -133,7 +133,7 @@ def _positional_problems(
         yield f"its function takes {_count(len(positional))}, but is called with {' and '.join(given)}"
     if required > len(given) + 1:
         yield (
-            f"its function needs {_count(required)}, but is called with {', '.join(given)} and at most the environment; "
+            f"its function needs {_count(required)}, but gets {', '.join(given)} and at most the environment; "
             "bind the others with functools.partial"
         )
 
