@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
-__all__ = ["DROP_REASONS", "SIGNALS", "TRACE_DECISIONS", "SelfStats"]
+__all__ = ["DROP_REASONS", "SIGNALS", "TRACE_DECISIONS", "Kept", "SelfStats"]
 
 SIGNALS: Final = ("metrics", "traces", "logs", "observers")
 DROP_REASONS: Final = ("queue_full", "export_failed", "buffer_cap", "shutdown", "observer_failed")
@@ -18,14 +18,31 @@ TRACE_DECISIONS: Final = (
 )
 
 
+class Kept(NamedTuple):
+    """Something of a trace that is exported, for an exemplar that leads there.
+
+    what: "root" (label: the outcome), "task" (label: the task) or "queue" (label: the lane). seconds: what the histogram of that
+    name saw. trace_id, span_id: hex. unix_s: when it ended.
+    """
+
+    what: str
+    dag: str
+    label: str
+    seconds: float
+    trace_id: str
+    span_id: str
+    unix_s: float
+
+
 class SelfStats:
     """Counters by (signal, reason) and seconds by signal, zero from the start; safe to change and read from any thread.
 
     traces: roots by why their trace was kept or not.
+    on_kept: told of what tracing exports, on its own thread.
     gauges: what can only be asked for when somebody reads: name -> function, such as "spans_buffered".
     """
 
-    __slots__ = ("_lock", "dropped", "gauges", "seconds", "traces")
+    __slots__ = ("_lock", "dropped", "gauges", "on_kept", "seconds", "traces")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,7 +50,6 @@ class SelfStats:
         self.seconds: dict[str, float] = dict.fromkeys(SIGNALS, 0.0)
         self.traces: dict[str, int] = dict.fromkeys(TRACE_DECISIONS, 0)
         self.gauges: dict[str, Callable[[], float]] = {}
-        self.decisions: dict[str, list[int]] = {}
         self.on_kept: list[Callable[[Kept], None]] = []
 
     def drop(self, signal: str, reason: str, count: int = 1) -> None:
@@ -50,11 +66,6 @@ class SelfStats:
         """Counts traces by one of TRACE_DECISIONS. Raises KeyError for what is none."""
         with self._lock:
             self.traces[decision] += count
-
-    def decisions_of(self, dag: str) -> list[int]:
-        """The counts of a DAG per DECISIONS, a list that stays the same."""
-        with self._lock:
-            return self.decisions.setdefault(dag, [0] * len(DECISIONS))
 
     def gauge(self, name: str) -> float:
         """What the function under `name` says now, 0.0 without one."""
