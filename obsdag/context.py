@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from obsdag.errors import ContextError
 
 if TYPE_CHECKING:
-    from obsdag.core.records import Execution, More
+    from obsdag.core.records import Execution, More, Pull
     from obsdag.core.state import RunState
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime, _Token
@@ -99,6 +99,7 @@ class Context(MutableMapping[str, Any]):
         "_children",
         "_data",
         "_done",
+        "_entered",
         "_error",
         "_executions",
         "_frozen",
@@ -112,6 +113,7 @@ class Context(MutableMapping[str, Any]):
         "_outcome",
         "_parent",
         "_parked",
+        "_place",
         "_ready",
         "_run",
         "_running",
@@ -119,7 +121,6 @@ class Context(MutableMapping[str, Any]):
         "_state",
         "_token",
         "_trace",
-        "_visited",
         "name",
         "runtime",
     )
@@ -135,7 +136,7 @@ class Context(MutableMapping[str, Any]):
         self._data: dict[str, Any] = dict(data)
         self._id: str | int = name or next(_numbers)
         self._parent: Context | None = None
-        self._children: list[Context] | None = None
+        self._children: dict[Context, None] | None = None
         self._lock: threading.RLock | None = None  # type: ignore[valid-type]
         self._token: _Token | None = None if runtime is None else runtime._token()
         self._frozen = False
@@ -150,7 +151,8 @@ class Context(MutableMapping[str, Any]):
         self._holds = 0
         self._state = -1
         self._since = 0.0
-        self._visited = False
+        self._place = 0
+        self._entered = 0.0
         self._lane = 0
         self._executions: list[Execution] | None = None
         self._ledger: list[float] | None = None
@@ -198,15 +200,15 @@ class Context(MutableMapping[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._data))
 
-    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+    def get(self, key: str, default: Any = None) -> Any:
         """The value of `key`, or `default`; one dict operation."""
         return self._data.get(key, default)
 
-    def pop(self, key: str, *default: Any) -> Any:  # type: ignore[override]
+    def pop(self, key: str, *default: Any) -> Any:
         """Removes `key` and gives its value; one dict operation."""
         return self._data.pop(key, *default)
 
-    def setdefault(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+    def setdefault(self, key: str, default: Any = None) -> Any:
         """The value of `key`, set to `default` if it is missing; one dict operation."""
         return self._data.setdefault(key, default)
 
@@ -254,8 +256,8 @@ class Context(MutableMapping[str, Any]):
         if self._children is None:
             with _lock_maker:
                 if self._children is None:
-                    self._children = []
-        self._children.append(child)
+                    self._children = {}
+        self._children[child] = None
         return child
 
     def _copied(self, copy_data: bool, deep_copy: bool) -> dict[str, Any]:
@@ -382,6 +384,8 @@ class LoopContext(Context):
     """Pulls the next item of a loop or map; a role, not counted as a context (C10)."""
 
     __slots__ = ("pull",)
+
+    pull: Pull
 
 
 class RateLimitContext(Context):

@@ -25,10 +25,11 @@ class Execution:
     waits: seconds per state spent waiting between release and start, or None. grant: limit permits that it holds.
     outcome: None while it runs, then one of EXECUTION_OUTCOMES. cancelling: the engine has asked for its cancellation.
     exempt: it destroyed its own context, so its return value still counts (C8). handle: what the shell cancels it by.
-    span: the tracing observer's own slot.
+    span: the tracing observer's own slot. abandoned: its function has not really returned (T13); retry_at: when its retry is due then.
     """
 
     __slots__ = (
+        "abandoned",
         "attempt",
         "cancelling",
         "context",
@@ -40,6 +41,7 @@ class Execution:
         "lane",
         "outcome",
         "released_by",
+        "retry_at",
         "span",
         "started",
         "task",
@@ -59,6 +61,8 @@ class Execution:
         self.outcome: str | None = None
         self.cancelling = False
         self.exempt = False
+        self.abandoned = False
+        self.retry_at: float | None = None
         self.released_by: Execution | None = None
         self.waits: list[float] | None = None
         self.grant: LimitRequest | None = None
@@ -77,25 +81,30 @@ class More:
     requests: task -> its limit request, waiting or granted. timers: task -> armed timer. limit/retry/service/pool: masks of
     tasks in that waiting state; room, source: pulls in that state. kept_at: the task at which a frozen context was kept (T3), -1
     for none. pending_end: outcome of a discarded context that is kept readable (E11). pulls: open loops and maps.
-    arrived_at: the join it waits at, -1 for none. error_task: where it failed. waits: seconds per state since the last start.
-    deadline: the timer of a root's deadline. tasks_retried: whether any execution of it was retried.
+    arrived_at: the join that is ready on it, -1 for none; arrived: it waits there and no longer holds its parent.
+    error_task: where it failed. waits: seconds per state since the last start. deadline: the timer of a root's deadline.
+    released: task -> the execution that made it ready, where that is not the context's latest. records: a root's executions.
+    holder: the ancestor it holds where that is not its parent. reason: why it was garbage-collected, one of GC_REASONS.
     """
 
     __slots__ = (
+        "arrived",
         "arrived_at",
         "attempts",
         "dead",
         "deadline",
         "error_task",
         "first_try",
+        "holder",
         "kept_at",
         "lend",
         "lends",
         "limit",
         "pending_end",
-        "pending_reason",
         "pool",
         "pulls",
+        "reason",
+        "records",
         "released",
         "requests",
         "retry",
@@ -120,13 +129,16 @@ class More:
         self.room = self.source = 0
         self.kept_at = -1
         self.pending_end: str | None = None
-        self.pending_reason = ""
         self.pulls: dict[int, Pull] | None = None
         self.arrived_at = -1
         self.error_task: str | None = None
         self.waits: list[float] | None = None
         self.deadline: Timer | None = None
         self.released: dict[int, Execution] | None = None
+        self.records: list[Execution] | None = None
+        self.holder: Context | None = None
+        self.arrived = False
+        self.reason = ""
 
 
 class Lend:
@@ -137,7 +149,7 @@ class Lend:
     finished: how children ended that did not arrive: outcome -> number. pulling: its map has not ended.
     """
 
-    __slots__ = ("arrived", "children", "failed", "index", "joining", "keeps", "living", "mask", "outcomes", "parent", "pulling")
+    __slots__ = ("arrived", "children", "failed", "first_arrival", "index", "joining", "keeps", "living", "mask", "outcomes", "parent", "pulling")
 
     def __init__(self, parent: Context, index: int, mask: int, keeps: bool) -> None:
         self.parent = parent
@@ -149,6 +161,7 @@ class Lend:
         self.arrived: dict[int, int] = {}
         self.outcomes: dict[str, int] = {}
         self.failed: BaseException | None = None
+        self.first_arrival = 0.0
         self.pulling = False
         self.joining = -1
 

@@ -1,0 +1,275 @@
+"""The fields of a run and their bookkeeping: states, counts, the ledger, the conservation law (SEMANTICS C9).
+
+Who may change what: everything here is changed on the run's thread only, by the transitions of the layers above. Plain integers and
+lists of fixed length are read by scrapes from other threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from obsdag.core.observer import Facts
+from obsdag.core.queue import IDLE, QUEUED, VISITED, ContextQueue, TimerHeap
+from obsdag.core.records import More
+from obsdag.core.states import ENTRY_KINDS, OUTCOMES, STATES, State
+from obsdag.errors import InternalError
+from obsdag.limits import ConcurrencyLimit, Limit
+
+if TYPE_CHECKING:
+    from obsdag.config import ExecutorConfig
+    from obsdag.context import Context, LoopContext, OutputContext
+    from obsdag.core.records import Execution, Failure, Lend, Stall
+    from obsdag.limits import LimitRequest
+    from obsdag.plan import Plan
+    from obsdag.runtime import Runtime
+
+__all__ = ["RunBase", "more_of"]
+
+_RUNNING, _POOL_WAIT, _QUEUED = State.RUNNING.value, State.POOL_WAIT.value, State.QUEUED.value
+_FROZEN, _DISCARDED, _LENT = State.FROZEN.value, State.DISCARDED.value, State.LENT.value
+_OUTCOME_INDEX = {outcome: index for index, outcome in enumerate(OUTCOMES)}
+_KIND_INDEX = {kind: index for index, kind in enumerate(ENTRY_KINDS)}
+_run_numbers = itertools.count(1)
+
+
+def _nobody(_: object) -> None:
+    """Where outputs go until the shell says where."""
+
+
+def _nothing() -> None:
+    """What a nudge does until the shell says what."""
+
+
+def more_of(context: Context) -> More:
+    """The rare parts of a context, made now if it has none yet."""
+    more = context._more
+    if more is None:
+        more = context._more = More()
+    return more
+
+
+class RunBase:
+    """What a run owns. `dispatch` is set by the shell: how a call from any thread reaches the run (`Context.freeze` ...)."""
+
+    def __init__(
+        self, plan: Plan, config: ExecutorConfig, runtime: Runtime, clock: Callable[[], float], epoch: float = 0.0
+    ) -> None:
+        self.id = f"{secrets.token_hex(4)}-{next(_run_numbers)}"
+        self.kind = "run"
+        self.plan = plan
+        self.config = config
+        self.runtime = runtime
+        self.clock = clock
+        self.epoch = epoch
+        self.started = clock()
+        self.facts = Facts()
+        self.recording = False
+        self.queue = ContextQueue()
+        self.timers = TimerHeap()
+        self.rooms: list[LoopContext] = []  # pulls that wait for room, in order (E16)
+        # Contexts: the living ones in order of entering, and counts that are kept apart on purpose (C9).
+        self.contexts: dict[Context, None] = {}
+        self.living = 0
+        self.discarded = 0
+        self.at_joins = 0
+        self.entered = [0] * len(ENTRY_KINDS)
+        self.finished = [0] * len(OUTCOMES)
+        self.state_counts = [0] * len(STATES)
+        # Executions.
+        self.active = 0
+        self.waiting_limits = 0
+        self.executions_total = 0
+        self.retries_total = 0
+        self.task_running = [0] * len(plan.tasks)
+        self.task_executions = [0] * len(plan.tasks)
+        self.task_seconds = [0.0] * len(plan.tasks)
+        self.joins_pending = [0] * len(plan.tasks)
+        self.busy_workers = 0
+        # What the shell has to do next; `dirty` says that there is something, or that `next_wake` has changed.
+        self.cancels: list[Execution] = []
+        self.closed_pulls: list[Any] = []
+        self.emit: Callable[[OutputContext], None] = _nobody
+        self.failures: list[Failure] = []
+        self.failures_total = 0
+        self.stalls: list[Stall] = []
+        self.stopping = False
+        self.on_end: Callable[[Context], None] | None = None
+        self.dispatch: Callable[[Callable[..., Any], Context], None] | None = None
+        self.cause: Execution | None = None
+        self._work: list[Context] = []
+        self._touched: list[Lend] = []
+        self._freezes: dict[Context, None] = {}
+        self._grants: deque[LimitRequest] = deque()
+        self.reserved = 0
+        self.dirty = False
+        self.nudge: Callable[[], None] = _nothing
+        self.closings: list[Any] = []
+        self._settling = False
+        self.limits = self._limits_by_task()
+        self.limiter_names = self._limiter_names()
+        self.gc = config.enable_context_gc
+        self.bypass = config.enable_context_bypass
+        self.max_live = config.max_live_contexts
+        self.debug = config.debug
+
+    # --- set-up
+
+    def observe(self, facts: Facts) -> None:
+        """Sets who is told; before the first context enters."""
+        self.facts = facts
+        self.recording = facts.needs_records
+
+    def _limits_by_task(self) -> list[tuple[Limit, ...]]:
+        """The task's own limiters, and one of this run for `parallel_num`, or for being a stream (one at a time, T5)."""
+        limits: list[tuple[Limit, ...]] = []
+        for task in self.plan.tasks:
+            parallel = 1 if task.shape == "stream" else task.config.parallel_num
+            own = (ConcurrencyLimit(parallel, name=f"parallel:{task.id}"),) if parallel else ()
+            limits.append((*task.config.limits, *own))
+        return limits
+
+    def _limiter_names(self) -> dict[Limit, str]:
+        names: dict[Limit, str] = {}
+        for task, limits in zip(self.plan.tasks, self.limits, strict=True):
+            for limit in limits:
+                names.setdefault(limit, limit.name or task.id)
+        return names
+
+    # --- states and the ledger
+
+    def _move(self, context: Context, state: int, now: float) -> None:
+        """Moves a living context to `state`; time spent in the old one goes to the ledger of a root."""
+        old = context._state
+        if old != state:
+            counts = self.state_counts
+            counts[old] -= 1
+            counts[state] += 1
+            context._state = state
+            self._leave_state(context, old, now)
+
+    def _leave_state(self, context: Context, old: int, now: float) -> None:
+        stayed = now - context._since
+        context._since = now
+        if context._ledger is not None:
+            context._ledger[old] += stayed
+        if self.recording and old > _RUNNING and stayed > 0.0:
+            more = more_of(context)
+            if more.waits is None:
+                more.waits = [0.0] * len(STATES)
+            more.waits[old] += stayed
+        if self.facts.state_left is not None:
+            self.facts.state_left(context, old, stayed, now)
+
+    def _restate(self, context: Context, now: float) -> None:
+        """Puts a living context into the first state of the enumeration that applies to it."""
+        if context._outcome is None and context._state != _DISCARDED:
+            state = self._state_of(context)
+            if state != context._state:
+                self._move(context, state, now)
+
+    def _state_of(self, context: Context) -> int:
+        more = context._more
+        waiting = 0 if more is None else more.pool | more.service
+        if context._running & ~waiting:
+            return _RUNNING
+        if more is not None and more.pool:
+            return _POOL_WAIT
+        if context._place == QUEUED:
+            return _QUEUED
+        if context._place == VISITED:
+            return _RUNNING
+        if more is not None:
+            for mask, state in (
+                (more.service, State.SERVICE_WAIT),
+                (more.limit, State.LIMIT_WAIT),
+                (more.retry, State.RETRY_WAIT),
+                (more.room, State.ROOM_WAIT),
+            ):
+                if mask:
+                    return int(state)
+            if more.arrived_at >= 0:
+                return int(State.JOIN_WAIT)
+            if more.lends:
+                return _LENT
+            if more.source:
+                return int(State.SOURCE_WAIT)
+        return _FROZEN if context._frozen else _LENT
+
+    def ledger_of(self, context: Context) -> dict[str, float]:
+        """Seconds per state of a root so far; the parts add up to its time in the run."""
+        if context._ledger is None:
+            return {}
+        ledger = dict(zip(STATES, context._ledger, strict=True))
+        if context._outcome is None:
+            ledger[STATES[context._state]] += self.clock() - context._since
+        return ledger
+
+    # --- views for observers and pages
+
+    def queue_lengths(self) -> tuple[int, int, int]:
+        """Entries of the three lanes."""
+        continuing, new, loop = self.queue.lengths()
+        return continuing, new, loop + len(self.rooms)
+
+    @property
+    def timers_armed(self) -> int:
+        """Retry and deadline timers that are set."""
+        return self.timers.armed
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """`entered` and each outcome, with its number."""
+        return {"entered": sum(self.entered), **dict(zip(OUTCOMES, self.finished, strict=True))}
+
+    def oldest_entered(self) -> float | None:
+        """When the oldest living context entered (run clock); frozen ones and inputs of loops do not count."""
+        for context in itertools.islice(self._snapshot(), 1000):
+            if not context._frozen and (context._more is None or not context._more.source):
+                return context._entered
+        return None
+
+    def _snapshot(self) -> Iterator[Context]:
+        for _ in range(8):
+            try:
+                return iter(list(itertools.islice(self.contexts, 1000)))
+            except RuntimeError:  # changed under the reader's thread: try again
+                continue
+        return iter(())
+
+    # --- conservation (C9)
+
+    def check(self, deep: bool = False) -> None:
+        """Raises InternalError if entered != living + ended, or, with `deep`, if any context's own books do not balance."""
+        entered, ended = sum(self.entered), sum(self.finished)
+        if entered != self.living + ended or self.living != len(self.contexts) or sum(self.state_counts) != self.living:
+            raise InternalError(
+                f"run {self.id}: entered {entered} != living {self.living} (known {len(self.contexts)}, "
+                f"in states {sum(self.state_counts)}) + ended {ended}; newest context "
+                f"{next(reversed(self.contexts)).id if self.contexts else None!r}"
+            )
+        if deep:
+            for context in self.contexts:
+                self._check_context(context)
+
+    def _check_context(self, context: Context) -> None:
+        problem = None
+        if context._outcome is not None:
+            problem = f"ended as {context._outcome} and still counted as living"
+        elif context._state == _DISCARDED or context._state < 0:
+            problem = None if context._state == _DISCARDED else "has no state"
+        elif context._holds < 0:
+            problem = f"is held {context._holds} times"
+        elif context._running & context._ready:
+            problem = f"tasks {self.plan.names(context._running & context._ready)} are both running and ready"
+        elif context._ready and context._place == IDLE and not context._frozen:
+            problem = f"tasks {self.plan.names(context._ready)} are ready and nobody will start them"
+        elif not (context._ready or context._running or context._holds or context._place) and not (
+            context._more is not None and context._more.arrived
+        ):
+            problem = "is held by nothing and has not ended"
+        if problem:
+            raise InternalError(f"run {self.id}: context {context.id!r} {problem}")

@@ -1,0 +1,402 @@
+"""Entering, holds, lending and ending: how a context lives (SEMANTICS C5, C6, C8, C9, E11, E12).
+
+Holds. `context._holds` counts what keeps a context alive beside its queue place (`_place`), its executions (`_running`) and
+ready tasks: timers, limit waits, a freeze, open pulls, and children. A child holds its nearest living ancestor until it has ended
+*and* its executions and children are gone; a child that waits at a join lets go. When the last hold is lost, `_settle` decides the
+outcome. Everything walks with a work list: no recursion (G7).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from obsdag.context import OutputContext
+from obsdag.core.base import _DISCARDED, _KIND_INDEX, _OUTCOME_INDEX, _QUEUED, RunBase, more_of
+from obsdag.core.queue import CONTINUING, IDLE, NEW, QUEUED
+from obsdag.core.records import Failure, Lend, Stall
+from obsdag.core.states import STATES
+from obsdag.errors import ContextError, DeadlineExceeded
+
+if TYPE_CHECKING:
+    from obsdag.context import Context
+    from obsdag.core.records import Execution
+
+__all__ = ["Lifecycle"]
+
+
+class Lifecycle(RunBase):
+    """From entering to the one outcome."""
+
+    # --- entering
+
+    def accept(self, context: Context, now: float) -> None:
+        """Takes an input in (C12): its first tasks are ready and it is in the new lane.
+
+        Raises ContextError if the context is in a run already or has ended.
+        """
+        if context._run is not None or context._outcome is not None:
+            where = "has ended" if context._outcome else "is in a run"
+            raise ContextError(f"context {context.id!r} {where} and cannot be input again; use create() to make a new one")
+        plan = self.plan
+        self._enter(context, "input", plan.bit[plan.source], plan.down[plan.source], now)
+
+    def _enter_made(self, context: Context, execution: Execution, now: float) -> None:
+        """Takes in what a task newly made: it starts below its maker (E12)."""
+        plan, index = self.plan, execution.index
+        done = plan.bit[index] | plan.ancestors[index]
+        context._maker = execution
+        if self.bypass:
+            bypassed = plan.bypass[index]
+            ready = self._ready_below(index, done | bypassed)
+            self._enter(context, "child" if context._parent else "made", done | bypassed, ready, now)
+            if bypassed and self.facts.tasks_bypassed is not None:
+                self.facts.tasks_bypassed(context, bypassed.bit_count(), now)
+            return
+        maker = execution.context._more
+        if maker is not None and maker.skipped:  # what a router left out stays out for what is made below it
+            more = more_of(context)
+            more.skipped = maker.skipped & ~done
+            more.dead = dict(maker.dead or {})
+            done |= maker.skipped
+        self._enter(context, "child" if context._parent else "made", done, self._all_ready(done), now)
+
+    def _ready_below(self, index: int, done: int) -> int:
+        plan, ready = self.plan, 0
+        for below in plan.down_list[index]:
+            if not plan.up[below] & ~done:
+                ready |= plan.bit[below]
+        return ready
+
+    def _all_ready(self, done: int) -> int:
+        plan, ready = self.plan, 0
+        for index in range(len(plan.tasks)):
+            if not done & plan.bit[index] and not plan.up[index] & ~done:
+                ready |= plan.bit[index]
+        return ready
+
+    def _enter(self, context: Context, kind: str, done: int, ready: int, now: float) -> None:
+        context._run = self  # type: ignore[assignment]
+        if context._token is not None:
+            context._token.release()
+        context._done = done
+        context._entered = context._since = now
+        self.contexts[context] = None
+        self.living += 1
+        self.entered[_KIND_INDEX[kind]] += 1
+        holder = self._holder_of(context) if context._parent is not None else None
+        if holder is None:
+            context._ledger = [0.0] * len(STATES)
+            if self.config.context_deadline is not None:
+                self.set_deadline(context, now + self.config.context_deadline)
+        else:
+            holder._holds += 1
+        context._state = _QUEUED
+        self.state_counts[_QUEUED] += 1
+        if self.facts.context_entered is not None:
+            self.facts.context_entered(context, kind, context._maker, now)
+        if context._frozen:
+            context._holds += 1
+            self._freezes[context] = None
+        self._offer(context, ready, now)
+        if context._ready and not context._frozen:
+            self.queue.put(context, NEW)
+            if self.facts.context_queued is not None:
+                self.facts.context_queued(context, NEW, now)
+        else:
+            self._schedule(context, now)
+
+    def _holder_of(self, context: Context) -> Context | None:
+        """The nearest ancestor that lives in this run; remembered where it is not the parent, since that may change."""
+        ancestor = context._parent
+        while ancestor is not None and (ancestor._run is not self or ancestor._outcome is not None):
+            ancestor = ancestor._parent
+        if ancestor is not context._parent:
+            more_of(context).holder = ancestor or context
+        return ancestor
+
+    def set_deadline(self, context: Context, when: float) -> None:
+        """Ends a root as failed with DeadlineExceeded at `when` (run clock), unless it has ended by then."""
+        more = more_of(context)
+        if more.deadline is not None:
+            self.timers.cancel(more.deadline)
+        more.deadline = self.timers.set(when, self._deadline_passed, context)
+        self.dirty = True
+
+    def _deadline_passed(self, context: Context, now: float) -> None:
+        if context._outcome is None:
+            waited = now - context._entered
+            error = DeadlineExceeded(f"context {context.id!r} did not finish within its deadline ({waited:.3f} s)")
+            self.fail_context(context, error, None, now)
+            self._settle_all(now)
+
+    # --- readiness
+
+    def _offer(self, context: Context, ready: int, now: float) -> None:
+        """Makes tasks ready on a context; the sink gives it out, a join of its lent branch makes it arrive."""
+        plan = self.plan
+        if ready & plan.bit[plan.sink]:
+            self._output(context, now)
+            return
+        joins = ready & plan.joins
+        if joins and context._more is not None and (lend := context._more.lend) is not None:
+            joins &= lend.mask
+            if joins:
+                context._more.arrived_at = (joins & -joins).bit_length() - 1
+                context._parked |= joins
+                ready &= ~joins
+        context._ready |= ready
+
+    def _output(self, context: Context, now: float, output: OutputContext | None = None) -> None:
+        """The context reached the sink, or its task gave out `output`: other branches are stopped (C10)."""
+        self._stop_branches(context, now)
+        self._end(context, "output", now)
+        self.emit(OutputContext(context) if output is None else output)
+
+    def _schedule(self, context: Context, now: float) -> None:
+        """Gives a context with something to do its place; settles one that nothing holds."""
+        if context._place == IDLE and context._outcome is None:
+            if context._ready and not context._frozen:
+                self.queue.put(context, CONTINUING)
+                if self.facts.context_queued is not None:
+                    self.facts.context_queued(context, CONTINUING, now)
+            elif not (context._running or context._ready or context._holds):
+                self._work.append(context)
+            self._restate(context, now)
+
+    # --- ending
+
+    def _settle_all(self, now: float) -> None:
+        """Decides about every context that may have lost its last hold, until nothing changes."""
+        if self._settling:
+            return
+        self._settling = True
+        try:
+            while self._work:
+                context = self._work.pop()
+                if context._outcome is not None or context._state == _DISCARDED:
+                    if not context._running and not context._holds:
+                        self._let_go(context, now)
+                elif not (context._running or context._ready or context._holds or context._place):
+                    self._settle(context, now)
+        finally:
+            self._settling = False
+
+    def _settle(self, context: Context, now: float) -> None:
+        """The last hold is lost (C6): arrived at a join, lent and not handed back, or stalled."""
+        raise NotImplementedError  # the layer of joins and loops decides
+
+    def _let_go(self, context: Context, now: float) -> None:
+        """An ended context is gone with its executions and children: it no longer holds its ancestor."""
+        more = context._more
+        context._holds = -1  # gone: never twice
+        holder = context._parent
+        if more is not None:
+            if more.arrived:
+                return
+            if more.holder is not None:
+                holder = None if more.holder is context else more.holder
+        if holder is not None:
+            holder._holds -= 1
+            self._work.append(holder)
+
+    def _end(self, context: Context, outcome: str, now: float) -> None:
+        """Ends a living context: one outcome, everything it holds or waits for given back, its executions cancelled."""
+        if context._state == _DISCARDED:
+            self.discarded -= 1
+        context._outcome = outcome
+        self.living -= 1
+        self.finished[_OUTCOME_INDEX[outcome]] += 1
+        self.state_counts[context._state] -= 1
+        del self.contexts[context]
+        context._ready = context._parked = 0
+        if context._place == QUEUED:
+            self.queue.forget(context)
+        if context in self._freezes:
+            context._holds -= 1
+            del self._freezes[context]
+        if context._running:
+            self._cancel_executions(context)
+        self._leave_state(context, context._state, now)
+        if context._more is not None:
+            self._close_more(context, outcome, now)
+        if self.recording and context._ledger is not None:
+            context._maker = self.cause or context._maker
+        self._tell_end(context, outcome, now)
+        if context._parent is not None:
+            self._work.append(context)
+
+    def _tell_end(self, context: Context, outcome: str, now: float) -> None:
+        if self.facts.context_finished is not None:
+            self.facts.context_finished(context, outcome, now)
+        if self.on_end is not None:
+            self.on_end(context)
+        if context._more is not None:
+            context._more.records = None
+            context._more.waits = None
+        if context._parent is not None or context._ledger is None or not self.recording:
+            context._maker = None
+
+    def _cancel_executions(self, context: Context) -> None:
+        for execution in context._executions or ():
+            if not execution.cancelling and not execution.exempt:
+                execution.cancelling = True
+                self.cancels.append(execution)
+                self.dirty = True
+
+    def _close_more(self, context: Context, outcome: str, now: float) -> None:
+        """Gives back timers, permits and pulls; tells the lent branch that one of its children ended."""
+        raise NotImplementedError  # the layer of waits does
+
+    def _collect(self, context: Context, outcome: str, reason: str, now: float) -> None:
+        """Ends by garbage collection as dropped or split (T3, C6), or keeps it readable until the run ends (E11)."""
+        task = self.cause.task if self.cause is not None else None
+        more_of(context).reason = reason
+        if not self.gc and reason != "destroyed" and not self.stopping:
+            self._keep_discarded(context, outcome, now)
+        else:
+            if self.facts.context_destroyed is not None:
+                self.facts.context_destroyed(context, task, reason, now)
+            self._end(context, outcome, now)
+        dropping = outcome == "dropped" and reason != "destroyed" and self.facts.context_dropped is not None
+        if dropping and task is not None and not (task.config.may_drop or task.config.pass_through):
+            assert self.facts.context_dropped is not None
+            self.facts.context_dropped(context, task, now)
+
+    def _keep_discarded(self, context: Context, outcome: str, now: float) -> None:
+        more = more_of(context)
+        more.pending_end = outcome
+        context._ready = context._parked = 0
+        if context._place == QUEUED:
+            self.queue.forget(context)
+        if context._running:
+            self._cancel_executions(context)
+        self._close_more(context, outcome, now)
+        self._move(context, _DISCARDED, now)
+        self.discarded += 1
+        self._work.append(context)
+
+    def end_discarded(self, now: float) -> None:
+        """At the run's end: what `enable_context_gc=False` kept readable ends as it was going to (E11)."""
+        for context in [c for c in self.contexts if c._more is not None and c._more.pending_end]:
+            more = more_of(context)
+            if self.facts.context_destroyed is not None:
+                self.facts.context_destroyed(context, None, more.reason, now)
+            self._end(context, more.pending_end or "dropped", now)
+
+    # --- what ends others
+
+    def fail_context(self, context: Context, error: BaseException, execution: Execution | None, now: float) -> None:
+        """Ends a context as failed and its descendants as cancelled (E6, C8)."""
+        task = execution.task.id if execution is not None else self._waiting_at(context)
+        context._error = error
+        more_of(context).error_task = task
+        attempts = execution.attempt if execution is not None else max(1, context.attempt)
+        failure = Failure(context, task, attempts, error)
+        self.failures_total += 1
+        if self.kind == "run" or len(self.failures) < self.config.failures_kept:
+            self.failures.append(failure)
+        else:
+            self.failures.pop(0)
+            self.failures.append(failure)
+        if self.facts.context_failed is not None:
+            self.facts.context_failed(context, failure, execution, now)
+        self._end(context, "failed", now)
+        self._cascade(context, now)
+
+    def _cascade(self, context: Context, now: float) -> None:
+        """Ends all living descendants as cancelled, nearest first."""
+        pending = list(context._children or ())
+        for child in pending:  # grows while it is walked
+            if child._run is self and child._outcome is None:
+                more_of(child).reason = "cascade"
+                if self.facts.context_destroyed is not None:
+                    self.facts.context_destroyed(child, None, "cascade", now)
+                self._end(child, "cancelled", now)
+            pending.extend(child._children or ())
+
+    def _stop_branches(self, context: Context, now: float) -> None:
+        """Stops the branches that a context lent (T3: dropping is whole): their children are cancelled."""
+        more = context._more
+        if more is None or not more.lends:
+            return
+        for lend in more.lends.values():
+            for child in list(context._children or ()):
+                if child._outcome is None and child._more is not None and child._more.lend is lend:
+                    self._end(child, "cancelled", now)
+                    self._cascade(child, now)
+
+    def _waiting_at(self, context: Context) -> str:
+        """The task that a living context is at: running, ready, waiting, or the first that is not completed."""
+        plan = self.plan
+        for mask in (context._running, context._ready, context._parked & ~context._done, plan.all_mask & ~context._done):
+            if mask:
+                return plan.tasks[(mask & -mask).bit_length() - 1].id
+        return plan.tasks[plan.sink].id
+
+    def _diagnose(self, context: Context) -> Stall:
+        """Why a context that nothing holds cannot go on (E8)."""
+        plan = self.plan
+        task = self._waiting_at(context)
+        index = plan.index[task]
+        missing = tuple(plan.names(plan.up[index] & ~context._done))
+        if context._frozen:
+            return Stall(context, task, missing, "it is frozen and nobody thaws it")
+        if missing:
+            return Stall(context, task, missing, "nothing that still runs can complete them for this context")
+        return Stall(context, task, missing, "no execution, timer, wait or child is left that could bring it on")
+
+    def _stall(self, context: Context, stall: Stall, now: float) -> None:
+        self.stalls.append(stall)
+        if self.facts.context_stalled is not None:
+            self.facts.context_stalled(context, stall, now)
+        self._end(context, "stalled", now)
+
+    # --- lending (C5)
+
+    def _lend(self, parent: Context, index: int, now: float) -> Lend:
+        """The open lent branch of `parent` at task `index`, opened now if it is not."""
+        more = more_of(parent)
+        if more.lends is None:
+            more.lends = {}
+        lend = more.lends.get(index)
+        if lend is None:
+            mask = self.plan.descendants[index]
+            lend = more.lends[index] = Lend(parent, index, mask, bool(mask & self.plan.joins))
+            parent._parked |= mask
+            parent._ready &= ~mask
+        parent._done |= self.plan.bit[index]
+        return lend
+
+    def _join_lend(self, child: Context, lend: Lend) -> None:
+        """Makes a living child of the lending context part of the branch."""
+        more = more_of(child)
+        if more.lend is None:
+            more.lend = lend
+            lend.living += 1
+            if lend.keeps:
+                lend.children.append(child)
+
+    def _close_lend(self, parent: Context, lend: Lend, last: int, now: float) -> None:
+        """The branch is handed back at task `last`: it, the lending task and those between are completed (C5)."""
+        plan, more = self.plan, more_of(parent)
+        assert more.lends is not None
+        more.lends.pop(lend.index, None)
+        between = plan.descendants[lend.index] & plan.ancestors[last]
+        parent._done |= plan.bit[lend.index] | plan.bit[last] | between
+        self._recompute_parked(parent)
+        newly, ready = between | plan.bit[last], 0
+        blocked = parent._done | parent._running | parent._parked | parent._ready
+        while newly:
+            low = newly & -newly
+            newly ^= low
+            ready |= self._ready_below(low.bit_length() - 1, parent._done) & ~blocked
+        self._offer(parent, ready, now)
+
+    def _recompute_parked(self, context: Context) -> None:
+        more = more_of(context)
+        parked = more.limit | more.retry | more.source | more.room
+        for lend in (more.lends or {}).values():
+            parked |= lend.mask
+        if more.arrived_at >= 0:
+            parked |= self.plan.bit[more.arrived_at]
+        context._parked = parked

@@ -1,0 +1,143 @@
+"""Progress: executions begin and end, tasks are completed, edges die, what is below becomes ready (SEMANTICS C4, T8, T9)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from obsdag.context import Context
+from obsdag.core.base import _RUNNING, more_of
+from obsdag.core.records import Execution
+from obsdag.core.waits import Waits
+from obsdag.plan import indices
+
+__all__ = ["RECORDS_PER_ROOT", "Progress"]
+
+RECORDS_PER_ROOT: Final = 1000
+"""Executions remembered per root for slack; the critical path itself needs no more than the chain of `released_by`."""
+
+
+class Progress(Waits):
+    """A context's way through the plan, as operations on its masks."""
+
+    def _note_started(self, execution: Execution, now: float) -> None:
+        context, index = execution.context, execution.index
+        context._running |= self.plan.bit[index]
+        self.active += 1
+        self.task_running[index] += 1
+        if context._executions is None:
+            context._executions = [execution]
+        else:
+            context._executions.append(execution)
+        if context._state != _RUNNING:
+            self._restate(context, now)
+
+    def _record(self, execution: Execution) -> None:
+        """Who released it and how long it waited, for critical paths and spans."""
+        context = execution.context
+        more = context._more
+        execution.released_by = context._maker
+        if more is not None:
+            if more.released:
+                execution.released_by = more.released.pop(execution.index, execution.released_by)
+            execution.waits, more.waits = more.waits, None
+
+    def _end_execution(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
+        """Every way out of an execution comes through here once (T8): counts, permits, the fact."""
+        context, index = execution.context, execution.index
+        execution.ended = now
+        execution.outcome = outcome
+        context._running &= ~self.plan.bit[index]
+        executions = context._executions
+        if executions is not None:
+            executions.remove(execution)
+        self.active -= 1
+        self.task_running[index] -= 1
+        self.task_executions[index] += 1
+        self.task_seconds[index] += now - execution.started
+        more = context._more
+        if more is not None and (more.pool | more.service):
+            more.pool &= ~self.plan.bit[index]
+            more.service &= ~self.plan.bit[index]
+        if execution.grant is not None and not execution.abandoned:
+            self._release_grant(execution, now)
+        if self.recording:
+            self._keep_record(execution)
+        if self.facts.execution_finished is not None:
+            self.facts.execution_finished(execution, outcome, error, now)
+        if context._outcome is not None and not context._running:
+            self._work.append(context)
+
+    def _keep_record(self, execution: Execution) -> None:
+        root = execution.context
+        while root._ledger is None and root._parent is not None:
+            root = root._parent
+        more = more_of(root)
+        if more.records is None:
+            more.records = []
+        if len(more.records) < RECORDS_PER_ROOT and root._outcome is None:
+            more.records.append(execution)
+
+    def _complete(self, context: Context, index: int, now: float) -> None:
+        """The task is completed for the context: what has all its live upstreams completed now is ready (C4)."""
+        plan = self.plan
+        done = context._done = context._done | plan.bit[index]
+        follow = plan.follow[index]
+        if follow >= 0 and not context._parked:
+            if follow == plan.sink:
+                self._output(context, now)
+            else:
+                self._release(context, plan.bit[follow] & ~(done | context._running), now)
+            return
+        ready = 0
+        for below in plan.down_list[index]:
+            if not plan.up[below] & ~done:
+                ready |= plan.bit[below]
+        self._release(context, ready & ~(done | context._running | context._parked | context._ready), now)
+
+    def _release(self, context: Context, ready: int, now: float) -> None:
+        if not ready:
+            return
+        if self.recording and self.cause is not None:
+            if not context._ready:
+                context._maker = self.cause
+            else:
+                more = more_of(context)
+                if more.released is None:
+                    more.released = {}
+                more.released.update(dict.fromkeys(indices(ready), self.cause))
+        if ready & (plan := self.plan).bit[plan.sink] or plan.joins & ready:
+            self._offer(context, ready, now)
+        else:
+            context._ready |= ready
+
+    def _route(self, context: Context, index: int, chosen: int, now: float) -> None:
+        """Kills the edges that were not chosen; a task whose every in-edge is dead is skipped, and so on (C4)."""
+        plan, more = self.plan, more_of(context)
+        dead = more.dead
+        if dead is None:
+            dead = more.dead = {}
+        closed = [(index, below) for below in plan.down_list[index] if not chosen & plan.bit[below]]
+        for above, below in closed:  # grows while it is walked
+            dead[below] = dead.get(below, 0) | plan.bit[above]
+            if dead[below] == plan.up[below]:
+                more.skipped |= plan.bit[below]
+                context._done |= plan.bit[below]
+                closed.extend((below, further) for further in plan.down_list[below])
+        waiting = 0
+        for _, below in closed:
+            if not plan.bit[below] & context._done and not plan.up[below] & ~(context._done | plan.bit[index]):
+                waiting |= plan.bit[below]
+        if waiting:
+            context._done |= plan.bit[index]
+            self._release(context, waiting, now)
+
+    def _orphaned(self, context: Context) -> bool:
+        """Whether an ancestor failed, was cancelled or was destroyed: new contexts below it are ignored (C12)."""
+        ancestor = context._parent
+        while ancestor is not None:
+            if ancestor._outcome in ("failed", "cancelled"):
+                return True
+            if ancestor._outcome == "dropped" and (ancestor._more is None or ancestor._more.reason in ("destroyed", "")):
+                return True
+            ancestor = ancestor._parent
+        return False

@@ -1,0 +1,373 @@
+"""RunState: what the shell asks and tells (ARCHITECTURE, "Rooms"). Read this file to know how a context is scheduled.
+
+    accept(context)              an input enters: its first tasks are ready, it is in the new lane
+    take() -> context or pull    the one whose turn it is gets a worker
+    begin(context) -> execution  its next ready task starts, if limits allow
+    finish / fail / cancelled    how the execution ended; what is ready below, what entered, what ended
+    leave(context)               the worker has nothing more to do for it: back to the queue, or to whatever it waits for
+    next_wake / wake             timers, permits, the end of waiting for frozen contexts
+    stop / close                 the run is ended early / is over
+
+All are plain calls on the run's thread with the time handed in. A transition changes contexts, tells the observers, and leaves what the
+shell must do in `cancels`, `closed_pulls` and `closings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from obsdag.context import Context, LoopContext, OutputContext, RateLimitContext, StopContext
+from obsdag.core.base import _DISCARDED, _RUNNING, more_of
+from obsdag.core.critical import critical_path
+from obsdag.core.queue import IDLE, VISITED
+from obsdag.core.records import CriticalStep, Execution
+from obsdag.core.sources import Sources
+from obsdag.plan import indices
+from obsdag.errors import ExecutionTimeout, TaskError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["RunState"]
+
+
+class RunState(Sources):
+    """The state of one run and its transitions."""
+
+    # --- a worker's visit
+
+    def take(self, worker: int, now: float) -> Context | None:
+        """The context (or the marker of a pull) whose turn it is; None if there is nothing to drive now."""
+        self.idle_at = None
+        while (context := self.queue.take()) is not None:
+            if context._frozen:
+                context._place = IDLE
+                self._restate(context, now)
+                continue
+            context._place = VISITED
+            waited = now - context._since
+            self._move(context, _RUNNING, now)
+            if self.facts.visit_started is not None:
+                self.facts.visit_started(context, worker, context._lane, waited, now)
+            return context
+        return self.next_pull(now) if self.queue.loop or self.rooms else None
+
+    def begin(self, context: Context, now: float, worker: int) -> Execution | None:
+        """Starts the context's next ready task; None if there is none, or limits or a freeze hold all of them back."""
+        plan = self.plan
+        while context._ready and not context._frozen:
+            if plan.rank is None:
+                low = context._ready & -context._ready
+                index = low.bit_length() - 1
+            else:
+                index = min(indices(context._ready), key=plan.rank.__getitem__)
+                low = plan.bit[index]
+            context._ready ^= low
+            grant = None
+            if self.limits[index]:
+                admitted, grant = self._admit(context, index, now)
+                if not admitted:
+                    continue
+            attempt = 1
+            more = context._more
+            if more is not None and more.attempts is not None:
+                attempt += more.attempts.get(index, 0)
+            execution = Execution(context, plan.tasks[index], index, attempt, now, worker)
+            execution.grant = grant
+            if self.recording:
+                self._record(execution)
+            self._note_started(execution, now)
+            return execution
+        return None
+
+    def leave(self, context: Context, worker: int, busy_s: float, now: float) -> None:
+        """A worker is done with the context for now: it is queued again, waits for what holds it, or is settled."""
+        context._place = IDLE
+        if self.facts.visit_finished is not None:
+            self.facts.visit_finished(context, worker, busy_s, now)
+        if context._outcome is None and context._state != _DISCARDED:
+            self._schedule(context, now)
+        if self._work or self._touched:
+            self._settle_all(now)
+
+    # --- how an execution ends
+
+    def finish(self, execution: Execution, result: Any, now: float) -> None:
+        """The function returned `result` (T1). Raises TaskError, with nothing changed, if that is not for a task to return."""
+        context = execution.context
+        if result is context and context._more is None and context._outcome is None and execution.grant is None:
+            self._end_execution(execution, "success", None, now)
+            self.cause = execution
+            self._complete(context, execution.index, now)
+            if context._place == IDLE:
+                self._schedule(context, now)
+        else:
+            self._finish_with(execution, result, now)
+        if self._work or self._touched or self._grants or self.debug:
+            self._settle_all(now)
+
+    def finish_routed(self, execution: Execution, chosen: int, now: float) -> None:
+        """A router chose the downstream tasks in the mask `chosen`; what is only below the others is skipped (T9)."""
+        context, index = execution.context, execution.index
+        self._end_execution(execution, "success", None, now)
+        self.cause = execution
+        if context._outcome is None and context._state != _DISCARDED:
+            if not chosen:
+                self._discard(context, now)
+            else:
+                self._route(context, index, chosen, now)
+                self._complete(context, index, now)
+            self._schedule(context, now)
+        self._settle_all(now)
+
+    def _finish_with(self, execution: Execution, result: Any, now: float) -> None:
+        """The general case: others were returned, or the context has rare parts, limits, or has ended meanwhile."""
+        context, index = execution.context, execution.index
+        returned, output, delay = self._sort(execution, result)
+        self._end_execution(execution, "success", None, now)
+        if execution.cancelling:
+            return
+        self.cause = execution
+        if self.plan.joins & self.plan.bit[index] and context._more is not None:
+            self._joined(context, index, returned, now)
+        kept = context._outcome is None and context._state != _DISCARDED
+        if kept and output is not None:
+            if output.context is None:
+                output.context, output._id = context, context.id
+            self._output(context, now, output)
+        elif kept and delay is not None:
+            self._wait_for(context, index, now + delay, "limit", now)
+            if self.facts.limit_deferred is not None:
+                self.facts.limit_deferred(context, execution.task, execution.task.id, now)
+        else:
+            self._take_returned(execution, returned, now)
+        if context._place == IDLE:
+            self._schedule(context, now)
+        if context._more is not None and context._more.lends:
+            self._touched.extend(context._more.lends.values())
+
+    def _sort(self, execution: Execution, result: Any) -> tuple[list[Context], OutputContext | None, float | None]:
+        """What was returned: contexts without repetition, an OutputContext, the delay of a RateLimitContext."""
+        task = execution.task
+        if result is None:
+            return ([execution.context] if task.config.pass_through else []), None, None
+        items: Iterable[Any] = result if isinstance(result, list | tuple | set | frozenset) else (result,)
+        returned: dict[Context, None] = {}
+        output: OutputContext | None = None
+        delay: float | None = None
+        for item in items:
+            if isinstance(item, OutputContext):
+                output = item
+            elif isinstance(item, RateLimitContext) and item.context is execution.context:
+                delay = item.delay
+            elif isinstance(item, LoopContext | StopContext):
+                continue
+            elif not isinstance(item, Context) or isinstance(item, RateLimitContext):
+                raise TaskError(f"task {task.id!r} returned {_shown(item)}; a task returns contexts, a list of them, or None")
+            elif item._run is not None and item._run is not self:
+                raise TaskError(f"task {task.id!r} returned context {item.id!r} of another run")
+            else:
+                returned[item] = None
+        return list(returned), output, delay
+
+    def _take_returned(self, execution: Execution, returned: list[Context], now: float) -> None:
+        """T1, T3, C5: completes, enters, hands back; then decides what becomes of the execution's own context."""
+        context, index = execution.context, execution.index
+        own = lent = made = handed = False
+        for item in returned:
+            if item is context:
+                own = True
+            elif item._run is self:
+                handed |= self._complete_other(item, execution, now)
+                made = True
+            elif item._outcome is None and not self._orphaned(item):
+                is_child = item._parent is context and context._outcome is None and context not in returned
+                if is_child:
+                    self._join_lend(item, self._lend(context, index, now))
+                lent |= is_child
+                made = True
+                self._enter_made(item, execution, now)
+        if context._outcome is not None or context._state == _DISCARDED:
+            return
+        if own:
+            self._complete_own(context, index, now)
+        elif lent:
+            self._restate(context, now)
+        elif context in self._freezes:
+            more_of(context).kept_at = index
+        elif handed:
+            self._stop_branches(context, now)
+            self._end(context, "merged", now)
+        elif made:
+            self._stop_branches(context, now)
+            self._collect(context, "split", "replaced", now)
+        else:
+            self._discard(context, now)
+
+    def _complete_own(self, context: Context, index: int, now: float) -> None:
+        more = context._more
+        if more is not None and more.kept_at == index:
+            more.kept_at = -1
+        if not (self.plan.joins & self.plan.bit[index] and context._done & self.plan.bit[index]):
+            self._complete(context, index, now)
+
+    def fail(self, execution: Execution, error: BaseException, now: float, delay: float | None = None) -> None:
+        """The attempt failed; with `delay` it is tried again after so many seconds, else the context fails (E6).
+
+        An abandoned execution (T13) is tried again only after `returned` was called for it.
+        """
+        context = execution.context
+        self._end_execution(execution, "timeout" if isinstance(error, ExecutionTimeout) else "error", error, now)
+        self.cause = execution
+        if context._outcome is None and context._state != _DISCARDED and not execution.cancelling:
+            if delay is None:
+                self.fail_context(context, error, execution, now)
+            else:
+                self._retry(execution, error, delay, now)
+            if context._place == IDLE:
+                self._schedule(context, now)
+            else:
+                self._restate(context, now)
+        self._settle_all(now)
+
+    def _retry(self, execution: Execution, error: BaseException, delay: float, now: float) -> None:
+        context, index = execution.context, execution.index
+        more = more_of(context)
+        if more.attempts is None:
+            more.attempts, more.first_try = {}, {}
+        assert more.first_try is not None
+        more.attempts[index] = more.attempts.get(index, 0) + 1
+        more.first_try.setdefault(index, execution.started)
+        self.retries_total += 1
+        if self.recording:
+            if more.released is None:
+                more.released = {}
+            more.released[index] = execution
+        if self.facts.retry_scheduled is not None:
+            self.facts.retry_scheduled(execution, error, delay, now)
+        if execution.abandoned:
+            self._park(context, more, index, "retry")
+            execution.retry_at = now + delay
+        else:
+            self._wait_for(context, index, now + delay, "retry", now)
+
+    def first_started(self, execution: Execution) -> float:
+        """When the first attempt of this task on this context started (run clock), for a cap on total time."""
+        more = execution.context._more
+        if more is None or more.first_try is None:
+            return execution.started
+        return more.first_try.get(execution.index, execution.started)
+
+    def returned(self, execution: Execution, now: float) -> None:
+        """An abandoned execution has really returned: its permits come back, and a retry may start (T13)."""
+        context, index = execution.context, execution.index
+        execution.abandoned = False
+        self._release_grant(execution, now)
+        if execution.retry_at is not None and context._outcome is None and context._state != _DISCARDED:
+            self._unpark(context, more_of(context), index, "retry")
+            self._wait_for(context, index, execution.retry_at, "retry", now)
+            self._schedule(context, now)
+        self._settle_all(now)
+
+    def cancelled(self, execution: Execution, now: float) -> None:
+        """The engine cancelled the execution, and it is over."""
+        self._end_execution(execution, "cancelled", None, now)
+        self._settle_all(now)
+
+    def interrupted(self, execution: Execution, now: float) -> None:
+        """The execution was cut off through no fault of its own: it runs again without an attempt charged (T11)."""
+        context, index = execution.context, execution.index
+        self._end_execution(execution, "interrupted", None, now)
+        if context._outcome is None and context._state != _DISCARDED and not execution.cancelling:
+            self._offer_again(context, index)
+            if context._place == IDLE:
+                self._schedule(context, now)
+        self._settle_all(now)
+
+    # --- waiting inside an execution
+
+    def pool_waits(self, execution: Execution, now: float) -> None:
+        """No thread or process is free for the execution yet."""
+        self._wait_inside(execution, "pool", now)
+
+    def pool_started(self, execution: Execution, now: float) -> None:
+        """A thread or process has taken the execution."""
+        self._wait_over(execution, "pool", now)
+
+    def service_waits(self, execution: Execution, now: float) -> None:
+        """The execution was handed to a service: it holds no worker while the answer is awaited (T14)."""
+        self._wait_inside(execution, "service", now)
+
+    def _wait_inside(self, execution: Execution, kind: str, now: float) -> None:
+        if execution.context._outcome is None:
+            more = more_of(execution.context)
+            setattr(more, kind, getattr(more, kind) | self.plan.bit[execution.index])
+            self._restate(execution.context, now)
+
+    def _wait_over(self, execution: Execution, kind: str, now: float) -> None:
+        more = execution.context._more
+        if more is not None and execution.outcome is None:
+            setattr(more, kind, getattr(more, kind) & ~self.plan.bit[execution.index])
+            self._restate(execution.context, now)
+
+    # --- from outside
+
+    def call(self, action: Callable[[Context, float], None], context: Context) -> None:
+        """Carries a call of any thread to the run's own; dropped when the run is over."""
+        if self.dispatch is not None:
+            self.dispatch(action, context)
+
+    def destroy(self, context: Context, now: float, caller: Execution | None = None) -> None:
+        """Ends the context as dropped and its descendants as cancelled; the caller's own return value still counts (C8)."""
+        if context._outcome is None and context._state != _DISCARDED:
+            if caller is not None:
+                caller.exempt = True
+            self._collect(context, "dropped", "destroyed", now)
+            self._cascade(context, now)
+            self._settle_all(now)
+
+    def cancel(self, context: Context, now: float) -> None:
+        """Ends the context and its descendants as cancelled (a ticket's `cancel`)."""
+        if context._outcome is None:
+            self._end(context, "cancelled", now)
+            self._cascade(context, now)
+            self._settle_all(now)
+
+    def keep_trace(self, context: Context, now: float) -> None:
+        """Passes on that somebody wants the trace of the context's root."""
+        if self.facts.context_kept is not None:
+            self.facts.context_kept(context, now)
+
+    # --- the end of a run
+
+    def stop(self, now: float) -> None:
+        """The run is ended early (E9): whatever lives ends cancelled, and its executions are to be cancelled."""
+        self.stopping = True
+        self.end_discarded(now)
+        for context in list(self.contexts):
+            if context._outcome is None:
+                self._end(context, "cancelled", now)
+        self._settle_all(now)
+
+    def settled(self) -> bool:
+        """Whether nothing lives any more, except what is only kept readable (E11)."""
+        return self.living == self.discarded and not self.active
+
+    def close(self, now: float) -> None:
+        """The run is over: what was kept readable ends, and the books must balance (C9)."""
+        self.end_discarded(now)
+        self._settle_all(now)
+        self.check(deep=True)
+
+    def critical_path(self, root: Context) -> list[CriticalStep]:
+        """The executions of an ended root in order of start, each with its slack; `critical` marks the deciding chain.
+
+        Known while the root's `context_finished` is told, of runs whose observers need records.
+        """
+        return critical_path(self.plan, root)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
