@@ -71,7 +71,7 @@ class ProcessPool:
         self,
         size: int,
         *,
-        entry: str = "obsdag.tasks.process:run_job",
+        entry: str = "obsdag.tasks.detached:run_job",
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
         events: PoolEvents | None = None,
