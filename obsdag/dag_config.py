@@ -210,9 +210,10 @@ def _function(value: Any) -> Callable[..., Any]:
     found = _attribute(value) if isinstance(value, str) else value
     if isinstance(found, Task):  # the module decorated it
         found = found.func
-    if callable(found):
-        return found
-    _wrong(f"{value!r} is no function, but {found!r}")
+    if not callable(found):
+        _wrong(f"{value!r} is no function, but {found!r}")
+    function: Callable[..., Any] = found
+    return function
 
 
 def _kind(value: Any) -> str | type[Task]:

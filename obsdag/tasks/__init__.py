@@ -19,6 +19,7 @@ from obsdag.tasks.function import (
 from obsdag.tasks.join import JoinTask
 from obsdag.tasks.loop import AsyncLoopTask, ForegroundSyncLoopTask, LoopTask, SyncLoopTask
 from obsdag.tasks.map import MapTask
+from obsdag.tasks.process import ProcessTask
 from obsdag.tasks.retry import Exponential, Fixed, RetryStrategy
 from obsdag.tasks.router import AsyncRouterTask, ForegroundSyncRouterTask, RouterTask, SyncRouterTask
 from obsdag.tasks.service import AsyncServiceTask, ServiceTask, SyncThreadTask
@@ -47,6 +48,7 @@ __all__ = [
     "JoinTask",
     "LoopTask",
     "MapTask",
+    "ProcessTask",
     "RetryStrategy",
     "RouterTask",
     "ServiceTask",

@@ -12,14 +12,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from obsdag.errors import ConfigError
-from obsdag.tasks import function, join, loop, map, router, service, stream
+from obsdag.tasks import function, join, loop, map, process, router, service, stream
 from obsdag.tasks.base import Task, TaskConfig
 from obsdag.tasks.signature import call_kind
-
-try:
-    from obsdag.tasks.process import ProcessTask
-except ModuleNotFoundError:  # TEMPORARY
-    ProcessTask = function.SyncFunctionTask  # type: ignore[misc,assignment,unused-ignore]
 
 __all__ = ["KINDS", "did_you_mean", "make_task", "option_names", "task_class"]
 
@@ -28,7 +23,7 @@ _CLASSES: dict[str, tuple[type[Task], type[Task]]] = {
     "async": (function.AsyncFunctionTask, function.AsyncFunctionTask),
     "sync": (function.SyncFunctionTask, function.SyncFunctionTask),
     "foreground": (function.ForegroundSyncFunctionTask, function.ForegroundSyncFunctionTask),
-    "process": (ProcessTask, ProcessTask),
+    "process": (process.ProcessTask, process.ProcessTask),
     "router": (router.SyncRouterTask, router.AsyncRouterTask),
     "foreground_router": (router.ForegroundSyncRouterTask, router.ForegroundSyncRouterTask),
     "stream": (stream.SyncStreamTask, stream.AsyncStreamTask),
