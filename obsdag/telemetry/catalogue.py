@@ -12,6 +12,7 @@ from typing import Final
 from obsdag.core.states import EXECUTION_OUTCOMES, LANES, OUTCOMES, STATES
 from obsdag.telemetry.metric_specs import METRICS
 from obsdag.telemetry.specs import (
+    ALL_DAGS,
     COMMON_LABELS,
     DROP_REASONS,
     NO_TASK,
@@ -34,6 +35,7 @@ from obsdag.telemetry.specs import (
 )
 
 __all__ = [
+    "ALL_DAGS",
     "ATTRIBUTES",
     "COMMON_LABELS",
     "DROP_REASONS",

@@ -135,7 +135,7 @@ METRICS: Final = (
     MetricSpec(
         "obsdag_oldest_context_timestamp_seconds",
         "gauge",
-        "When the oldest living context entered (Unix time), loop inputs and frozen ones aside; absent while there is none.",
+        "When the oldest living context entered, Unix time; loop inputs, frozen ones do not count; absent without one.",
         (),
         "seconds",
         board="contexts",

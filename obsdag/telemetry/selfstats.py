@@ -9,20 +9,22 @@ import threading
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-__all__ = ["DROP_REASONS", "SIGNALS", "TRACE_DECISIONS", "Kept", "SelfStats"]
+__all__ = ["ALL_DAGS", "DROP_REASONS", "SIGNALS", "TRACE_DECISIONS", "Kept", "SelfStats", "StatsPart"]
 
 SIGNALS: Final = ("metrics", "traces", "logs", "observers")
 DROP_REASONS: Final = ("queue_full", "export_failed", "buffer_cap", "shutdown", "observer_failed")
 TRACE_DECISIONS: Final = (
     *("error", "stalled", "cancelled", "slow", "retried", "asked", "parent", "ratio", "over_budget", "dropped"),
 )
+ALL_DAGS: Final = "_all"
+"""The `dag` of what cannot be said to be one DAG's: an exporter's queue, a scrape."""
 
 
 class Kept(NamedTuple):
     """Something of a trace that is exported, for an exemplar that leads there.
 
-    what: "root" (label: the outcome), "task" (label: the task) or "queue" (label: the lane). seconds: what the histogram of that
-    name saw. trace_id, span_id: hex. unix_s: when it ended.
+    what: "root" (label: the outcome), "task" (label: the task) or "queue" (label: the lane). seconds: what the histogram
+    of that name saw. trace_id, span_id: hex. unix_s: when it ended.
     """
 
     what: str
@@ -34,40 +36,75 @@ class Kept(NamedTuple):
     unix_s: float
 
 
+class StatsPart:
+    """The counters of one DAG, or of all together; every key of the closed sets is there from the start."""
+
+    __slots__ = ("dropped", "seconds", "traces")
+
+    def __init__(self) -> None:
+        self.dropped: dict[tuple[str, str], int] = {(signal, why): 0 for signal in SIGNALS for why in DROP_REASONS}
+        self.seconds: dict[str, float] = dict.fromkeys(SIGNALS, 0.0)
+        self.traces: dict[str, int] = dict.fromkeys(TRACE_DECISIONS, 0)
+
+
 class SelfStats:
     """Counters by (signal, reason) and seconds by signal, zero from the start; safe to change and read from any thread.
 
-    traces: roots by why their trace was kept or not.
+    dropped, seconds, traces (roots by why their trace was kept or not): over all DAGs. parts: the same by DAG, and under
+    `_all` what was counted without one; the parts add up to the totals.
     on_kept: told of what tracing exports, on its own thread.
     gauges: what can only be asked for when somebody reads: name -> function, such as "spans_buffered".
     """
 
-    __slots__ = ("_lock", "dropped", "gauges", "on_kept", "seconds", "traces")
+    __slots__ = ("_lock", "_total", "gauges", "on_kept", "parts")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.dropped: dict[tuple[str, str], int] = {(signal, why): 0 for signal in SIGNALS for why in DROP_REASONS}
-        self.seconds: dict[str, float] = dict.fromkeys(SIGNALS, 0.0)
-        self.traces: dict[str, int] = dict.fromkeys(TRACE_DECISIONS, 0)
+        self._total = StatsPart()
+        self.parts: dict[str, StatsPart] = {ALL_DAGS: StatsPart()}
         self.gauges: dict[str, Callable[[], float]] = {}
         self.on_kept: list[Callable[[Kept], None]] = []
 
-    def drop(self, signal: str, reason: str, count: int = 1) -> None:
+    @property
+    def dropped(self) -> dict[tuple[str, str], int]:
+        """What was lost, by signal and reason."""
+        return self._total.dropped
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds that telemetry took, by signal."""
+        return self._total.seconds
+
+    @property
+    def traces(self) -> dict[str, int]:
+        """Roots by why their trace was kept or not."""
+        return self._total.traces
+
+    def drop(self, signal: str, reason: str, count: int = 1, *, dag: str = ALL_DAGS) -> None:
         """Counts `count` things of a signal that were lost. Raises KeyError for what is in no closed set."""
         with self._lock:
-            self.dropped[signal, reason] += count
+            self._total.dropped[signal, reason] += count
+            self._part(dag).dropped[signal, reason] += count
 
-    def spend(self, signal: str, took_s: float) -> None:
+    def spend(self, signal: str, took_s: float, *, dag: str = ALL_DAGS) -> None:
         """Counts time that telemetry took, seconds. Raises KeyError for an unknown signal."""
         with self._lock:
-            self.seconds[signal] += took_s
+            self._total.seconds[signal] += took_s
+            self._part(dag).seconds[signal] += took_s
 
-    def decide(self, decision: str, count: int = 1) -> None:
+    def decide(self, decision: str, count: int = 1, *, dag: str = ALL_DAGS) -> None:
         """Counts traces by one of TRACE_DECISIONS. Raises KeyError for what is none."""
         with self._lock:
-            self.traces[decision] += count
+            self._total.traces[decision] += count
+            self._part(dag).traces[decision] += count
 
     def gauge(self, name: str) -> float:
         """What the function under `name` says now, 0.0 without one."""
         ask = self.gauges.get(name)
         return ask() if ask is not None else 0.0
+
+    def _part(self, dag: str) -> StatsPart:
+        part = self.parts.get(dag)
+        if part is None:
+            part = self.parts[dag] = StatsPart()
+        return part

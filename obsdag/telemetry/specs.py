@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Final, Literal
 
-from obsdag.telemetry.selfstats import DROP_REASONS, SIGNALS, TRACE_DECISIONS
+from obsdag.telemetry.selfstats import ALL_DAGS, DROP_REASONS, SIGNALS, TRACE_DECISIONS
 
 __all__ = [
+    "ALL_DAGS",
     "COMMON_LABELS",
     "DROP_REASONS",
     "NO_TASK",
