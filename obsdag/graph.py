@@ -279,9 +279,9 @@ class DAG:
     def _tasks_of(self, func: Function, wanted_by: str) -> list[Task]:
         tasks = self._by_function.get(id(func), [])
         if len(tasks) != 1:
-            count = f"{len(tasks)} tasks" if tasks else "no task"
+            count = f"{len(tasks)} tasks were" if tasks else "no task was"
             name = getattr(func, "__qualname__", func)
-            text = f"depends on the function {name!r}, of which {count} was made: name the task instead"
+            text = f"depends on the function {name!r}, of which {count} made: name the task instead"
             self._problems.append(Problem(wanted_by, text, "after"))
         return tasks
 

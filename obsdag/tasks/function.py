@@ -65,12 +65,12 @@ class FunctionTask(Task):
         """What is wrong with the function: the wrong kind, uncallable by the engine, or never returning anything."""
         if self.signature.kind not in self.accepts:
             yield (
-                f"a {type(self).__name__} needs {' or '.join(_CALL_KIND_NAMES[kind] for kind in self.accepts)}, "
+                f"{type(self).__name__} needs {' or '.join(_CALL_KIND_NAMES[kind] for kind in self.accepts)}, "
                 f"not {_CALL_KIND_NAMES[self.signature.kind]}"
             )
         yield from self.signature.problems
         if self.config.pass_through and not self.may_pass_through:
-            yield f"pass_through means nothing for a {type(self).__name__}: it is for functions that only have effects"
+            yield f"pass_through means nothing for {type(self).__name__}: it is for functions that only have effects"
         elif self.nothing_comes_back and not self.config.pass_through and self.func and returns_only_none(self.func):
             yield self.nothing_comes_back
 
@@ -136,7 +136,7 @@ class ShutdownTask(FunctionTask):
         if isinstance(self.func, type):
             yield f"its function is the class {self.func.__name__}; give an instance"
         elif not callable(getattr(self.func, "shutdown", None)):
-            yield f"a {type(self).__name__} needs a callable object with a method shutdown()"
+            yield f"{type(self).__name__} needs a callable object with a method shutdown()"
         yield from super().problems()
 
     def for_run(self) -> Task:

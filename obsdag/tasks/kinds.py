@@ -81,7 +81,7 @@ def make_task(
         if setting not in _CONFIG_FIELDS and setting not in known:
             hint = did_you_mean(setting, [*_CONFIG_FIELDS, *known])
             allowed = ", ".join([*(field.name for field in dataclasses.fields(TaskConfig)), *known])
-            raise ConfigError(f"a {chosen.__name__} has no setting {setting!r}{hint}; it has {allowed}")
+            raise ConfigError(f"{chosen.__name__} has no setting {setting!r}{hint}; it has {allowed}")
     fields = {name: value for name, value in settings.items() if name in _CONFIG_FIELDS}
     options = {name: value for name, value in settings.items() if name not in _CONFIG_FIELDS}
     if fields:

@@ -183,7 +183,7 @@ def test_G1_only_tasks_ids_and_functions_are_dependencies(wrong: Any) -> None:
 def test_G1_unknown_settings_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="no setting 'retry_time' \\(did you mean 'retry_times'\\?\\)"):
         DAG().task(retry_time=3)(plain)
-    with pytest.raises(ConfigError, match="a SyncFunctionTask has no setting 'targets'"):
+    with pytest.raises(ConfigError, match="SyncFunctionTask has no setting 'targets'"):
         DAG().task(targets=["a"])(plain)
     with pytest.raises(ConfigError, match="no kind 'steam' of task \\(did you mean 'stream'\\?\\)"):
         DAG().task(kind="steam")(plain)
@@ -269,7 +269,9 @@ def test_G2_tasks_may_be_called_source_and_sink() -> None:
     assert plan.up_list[plan.index["sink"]] == (plan.index["source"],)
 
 
-@pytest.mark.parametrize("name", ['a "b"', "a\nb", "<b>&amp;", "späße 日本", "a/b", "a.b", " ", "-->", "\x00", "\ud800"])
+@pytest.mark.parametrize(
+    "name", ['a "b"', "a\nb", "<b>&amp;", "späße 日本", "a/b", "a.b", " ", "-->", "\x00", "\ud800"]
+)
 def test_G2_ids_may_hold_any_characters(name: str) -> None:
     dag = DAG()
     dag.task(name=name)(plain)

@@ -197,7 +197,9 @@ def test_G4_the_fingerprint_is_the_same_in_another_process() -> None:
         "print(dag.build().fingerprint)\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
-    printed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert printed.stdout.strip() == dag_of(DIAMOND).build().fingerprint
 
 
