@@ -134,21 +134,16 @@ class LimitBook:
     def resource_made(self, request: LimitRequest, pool: ResourcePool, item: Any, now: float) -> bool:
         """The item for which MAKE stood is made. False: nobody can use it, the caller has to close it.
 
-        If the request was released in the meantime, the item becomes an idle one, if there is room for it. (To keep
-        within `size` even then, tell the result first and release afterwards.)
+        If the request was released in the meantime, the item becomes an idle one, if there is room for it: nobody waits
+        for it then, since who is first could have had it made. (To keep within `size` even while the late item is
+        being made, tell the result first and release afterwards.)
         """
         with self._lock:
             if request.granted and request.resources.get(pool) is MAKE:
                 request.resources[pool] = item
                 return True
             ledger = self._ledgers.get(pool)
-            if ledger is None or not ledger.adopt(item):
-                return False
-            self._see(now)
-            self._settle((ledger,), now)
-            news = self._take_news()
-        _tell(news)
-        return True
+            return ledger is not None and ledger.adopt(item)
 
     def resource_failed(self, request: LimitRequest, pool: ResourcePool, now: float) -> None:
         """The item for which MAKE stood cannot be made: its place is free again, other permits are kept."""

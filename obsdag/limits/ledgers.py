@@ -62,8 +62,8 @@ class Ledger(ABC):
         return ()
 
     def at_rest(self, now: float) -> bool:
-        """Nobody uses it, and a new ledger would be as good."""
-        return not (self.attached or self.held or self.line)
+        """Nobody holds a permit or waits for one, and a new ledger would be as good."""
+        return not (self.held or self.line)
 
     def status(self) -> LimitStatus:
         """What a snapshot shows."""
@@ -131,7 +131,6 @@ class _RateLedger(Ledger):
         if now > self._full_at():  # not >=: who comes exactly on time goes on counting from the same base
             self._base = now
             self._count = 0
-            self._returned.clear()
         self._count += 1
         self._last += 1
         self.held += 1

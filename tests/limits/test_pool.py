@@ -99,6 +99,22 @@ def test_T7_the_last_run_gets_the_items_to_close(book: LimitBook, run: Run) -> N
     assert book.snapshot() == []
 
 
+def test_T7_a_run_that_comes_while_an_item_is_still_out(book: LimitBook, run: Run) -> None:
+    closed: list[str] = []
+    pool = ResourcePool(object, closed.append, size=2)
+    book.attach([pool])
+    done, out = ask(book, run, 2, pool)
+    book.resource_made(done, pool, "done", 0.0)
+    book.release(done, 1.0)
+    assert book.detach([pool]) == [(closed.append, "done")]
+    assert not book.resource_made(done, pool, "nobody is there", 1.0)
+
+    book.attach([pool])
+    assert [request.granted for request in ask(book, run, 2, pool)] == [True, False]  # one of two places is still taken
+    book.release(out, 2.0)
+    assert run.keys == [1]
+
+
 def test_T7_ready_items_are_closed_too_or_stay(book: LimitBook, run: Run) -> None:
     closed: list[int] = []
     mine, theirs = ResourcePool([1, 2], closed.append), ResourcePool(iter([3]))

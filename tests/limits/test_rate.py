@@ -89,6 +89,15 @@ def test_T7_a_clock_set_back_neither_hangs_nor_bursts(
     assert burst_of(times, Fraction(1, 2)) == 1
 
 
+def test_T7_times_of_threads_that_race_for_the_lock_do_not_shift_the_rate(book: LimitBook, run: Run) -> None:
+    ask(book, run, 2, limit := RateLimit(1), now=10.0)
+    book.advance(9.25)
+    book.request(run, 2, (limit,), 9.5)
+    assert book.due(run) == 11.0
+    book.advance(10.9)
+    assert run.told == []
+
+
 @given(
     n=st.integers(1, 7),
     burst=st.none() | st.integers(1, 5),
@@ -152,11 +161,21 @@ def test_T7_an_unused_permit_below_a_used_one_is_lost(book: LimitBook, run: Run)
     assert book.due(run) == 2.0
 
 
+def test_T7_a_bucket_is_whole_again_when_all_was_given_back(book: LimitBook, run: Run) -> None:
+    limit = RateLimit(1, burst=2)
+    held = [book.request(run, 0, (limit,), at) for at in (0.0, 0.0, 1.0, 2.0, 3.0, 4.0)]
+    assert all(request.granted for request in held)
+    for request in held:  # more than are remembered one by one
+        book.release(request, 4.0, unused=True)
+    assert [request.granted for request in ask(book, run, 3, limit, now=4.0)] == [True, True, False]
+
+
 def test_T7_unused_permits_take_no_memory_for_ever(book: LimitBook, run: Run) -> None:
     limit = RateLimit(1, burst=2)
-    for second in range(1_000):
-        lower, upper = book.request(run, 0, (limit,), second), book.request(run, 0, (limit,), second + 0.5)
-        book.release(lower, second + 0.5, unused=True)
-        book.release(upper, second + 0.5)
-    ledger = book._ledgers[limit]
-    assert len(ledger._returned) <= 4  # type: ignore[attr-defined]
+    before, _ = ask(book, run, 2, limit)
+    for second in range(1, 1_000):
+        request = book.request(run, 0, (limit,), second)
+        assert request.granted
+        book.release(before, second, unused=True)  # below one that is still held
+        before = request
+    assert len(book._ledgers[limit]._returned) <= 4  # type: ignore[attr-defined]

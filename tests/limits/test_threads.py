@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
+
+import pytest
 
 from obsdag.limits import MAKE, ConcurrencyLimit, Limit, LimitBook, LimitRequest, RateLimit, ResourcePool
 from tests.limits.owners import Run, ask
@@ -37,6 +40,15 @@ class Waiter(Run):
             self.changed.clear()
             self.book.advance(time.monotonic())
         return request
+
+
+@pytest.fixture(autouse=True)
+def _switch_often() -> Iterator[None]:
+    """Let the interpreter change threads as often as it can, to tear apart what only the lock holds together."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
