@@ -39,8 +39,7 @@ INTERVAL_S: Final = 0.1
 BLOCKED_AFTER_S: Final = 0.25
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-_IDLE_FRAMES = frozenset({"select", "_run_once", "run_forever", "run_until_complete", "_run", "run", "_poll",
-"get_status"})
+_IDLE_FRAMES = frozenset({"_run_once", "run_forever", "run_until_complete", "run", "_poll"})
 
 
 class Watchdog(Observer):
@@ -96,11 +95,13 @@ class _Beat:
     # --- on the watchdog's thread
 
     def is_dead(self) -> bool:
-        """Whether the loop ended with a run on it, whose end was therefore never told."""
-        return self.loop.is_closed() or not self.loop.is_running()
+        """Whether the loop was closed with a run on it, whose end was therefore never told."""
+        return self.loop.is_closed()
 
     def look(self, now: float) -> float:
         """Tells of a block that has lasted long enough; gives the seconds until the next look."""
+        if not self.loop.is_running():  # stopped for now, by a host that drives it bit by bit
+            return self.blocked_after_s
         due = self.due
         if due != self._told_due:
             self._told_due, self._next_s = due, self.blocked_after_s
@@ -120,7 +121,7 @@ class _Beat:
         owner = None if execution is None else execution.context._run
         for run in self.runs if owner not in self.runs else (owner,):
             if run is not None and run.facts.loop_blocked is not None:
-                run.facts.loop_blocked(execution, late_s + self.interval_s, line)
+                run.facts.loop_blocked(execution, late_s, line)
         return True
 
 
@@ -137,12 +138,12 @@ class _Watchers:
             beat = self._beats.get(loop)
             if beat is None:
                 beat = self._beats[loop] = _Beat(loop, interval_s, blocked_after_s)
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._watch, name="obsdag-watchdog", daemon=True)
-                    self._thread.start()
-                else:
-                    self._wake.notify()
+                self._wake.notify()
             beat.runs = (*beat.runs, run)
+            if self._thread is None:
+                thread = threading.Thread(target=self._watch, name="obsdag-watchdog", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def leave(self, run: RunState) -> None:
         with self._wake:
@@ -170,8 +171,15 @@ class _Watchers:
 
 
 def _is_idle(frame: FrameType) -> bool:
-    """Whether the loop waits for something to do, and is only late in telling: after a suspended process goes on,
-    say.""" code = frame.f_code return code.co_name in _IDLE_FRAMES and code.co_filename.startswith(_LIBRARIES)
+    """Whether the loop has nothing to do and is only late in telling: after a suspended process goes on, say."""
+    if frame.f_code.co_name == "select" and frame.f_back is not None:
+        frame = frame.f_back  # of the loop; a task may wait in a selector too, and that blocks
+    code = frame.f_code
+    return code.co_name in _IDLE_FRAMES and code.co_filename.startswith(_LIBRARIES) and _is_loop_code(code.co_filename)
+
+
+def _is_loop_code(filename: str) -> bool:
+    return f"{os.sep}asyncio{os.sep}" in filename or f"{os.sep}uvloop{os.sep}" in filename
 
 
 def _execution_in(frame: FrameType | None) -> Execution | None:
@@ -186,8 +194,9 @@ def _execution_in(frame: FrameType | None) -> Execution | None:
 
 
 def _blocking_line(frame: FrameType) -> str:
-    """The innermost line of the user's own, and what it is in, if that is a library's: `a.py:3 in f: g() -> ssl.py:9 in
-    read`.""" own: FrameType | None = frame while own is not None and own.f_code.co_filename.startswith(_LIBRARIES):
+    """The innermost line of the user's own, and where in a library it is: `a.py:3 in f: get() -> ssl.py:9 in read`."""
+    own: FrameType | None = frame
+    while own is not None and own.f_code.co_filename.startswith(_LIBRARIES):
         own = own.f_back
     if own is None or own is frame or own.f_code.co_filename.startswith(_PACKAGE):
         return _line_of(frame)
