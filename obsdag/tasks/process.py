@@ -170,8 +170,8 @@ Returned = OwnContext | NewContext | RateLimited | Output | Foreign
 class ProcessOutcome:
     """What came of an execution in a worker process. With an `error`, nothing is to be applied.
 
-    changed, deleted: of the context's data. returned: what the function returned, as a list, or None. extras: see
-    `extra_sources`. made: the contexts that were returned, and those that they hang on, each after the one that made it.
+    changed, deleted: of the context's data. returned: what the function returned, as a list, or None. made: the
+    contexts returned, and those that they hang on, each after the one that made it. extras: see `extra_sources`.
     """
 
     error: BaseException | None = None
