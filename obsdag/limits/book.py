@@ -206,7 +206,6 @@ class LimitBook:
 
     def _leave_lines(self, request: LimitRequest) -> None:
         request._waits = False
-        request.blocking = None
         self._timed.pop(request, None)
         for ledger in request._ledgers:
             del ledger.line[request]

@@ -35,7 +35,8 @@ class LimitRequest:
     """One wish for permits of all `limits`. Anybody may read it; only the book changes it.
 
     owner, key: who asks, and what for (opaque to the book). limits: each once.
-    granted: holds its permits now. blocking: the limit that it waits for, None if it does not wait.
+    granted: holds its permits now. blocking: the limit that it waits for, afterwards the one that it waited for last;
+    None if it was granted at once.
     asked_at, granted_at: seconds; `granted_at` is nan until then.
     resources: while granted, the item of each pool, or MAKE where the owner has to make it (`LimitBook.resource_made`).
     """

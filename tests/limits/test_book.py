@@ -30,7 +30,7 @@ def test_T8_release_is_idempotent_in_every_state(book: LimitBook, run: Run) -> N
     assert run.told == [reserved, last]
     assert (book.in_use(limit), book.waiting(limit)) == (1, 0)
     assert [request.granted for request in (used, reserved, waiting, last)] == [False, False, False, True]
-    assert waiting.blocking is None
+    assert used.blocking is None  # it never waited
 
 
 def test_T7_all_permits_or_none(book: LimitBook, run: Run) -> None:
@@ -42,7 +42,7 @@ def test_T7_all_permits_or_none(book: LimitBook, run: Run) -> None:
     assert (book.in_use(a), book.in_use(b)) == (1, 0)  # it waits for a without holding b
     book.release(first, 1.0)
     assert both.granted
-    assert both.blocking is None
+    assert both.blocking is a  # what it waited for is what its waiting is booked on
     assert (book.in_use(a), book.in_use(b)) == (1, 1)
 
 
@@ -102,6 +102,7 @@ def test_T7_blocking_is_what_opens_last(book: LimitBook, run: Run) -> None:
 def test_T7_those_behind_are_never_looked_at(run: Run) -> None:
     class Counting(LimitBook):
         __slots__ = ("looks",)
+        looks: int
 
         def _consider(self, request: LimitRequest, now: float) -> bool:
             self.looks += 1
@@ -204,6 +205,10 @@ def test_T7_state_is_dropped_with_the_last_user(book: LimitBook, run: Run) -> No
     (held,) = ask(book, run, 1, limits[0])
     book.detach(limits[:1])
     assert book.in_use(limits[0]) == 1  # still held, so still known
+    waits = book.request(run, "waits", (limits[0], limits[1]), 0.5)
+    book.attach([])
+    assert book.waiting(limits[1]) == 1  # waited for, though nobody holds it
+    book.release(waits, 1.0)
     book.release(held, 1.0)
     book.attach([])
     assert book.snapshot() == []

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,34 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
     assert not any(thread.is_alive() for thread in threads), "a thread waits for ever"
     if failures:
         raise failures[0]
+
+
+def test_T7_state_is_touched_only_with_the_lock_held(book: LimitBook, run: Run) -> None:
+    class Guarded(dict[Any, Any]):
+        def __getattribute__(self, name: str) -> Any:
+            assert book._lock.locked(), name
+            touched[name] += 1
+            return super().__getattribute__(name)
+
+        def __getitem__(self, key: Any) -> Any:
+            assert book._lock.locked()
+            return super().__getitem__(key)
+
+    touched: Counter[str] = Counter()
+    book._ledgers, book._timed = Guarded(), Guarded()
+    rate, pool = RateLimit(1), ResourcePool(object, size=1)
+    book.attach([rate, pool])
+    first, second, third = ask(book, run, 3, rate, pool)
+    book.resource_failed(first, pool, 0.0)
+    book.release(first, 0.0)
+    book.advance(book.due(run) or 0.0)
+    book.resource_made(second, pool, 1, 1.0)
+    book.release(second, 1.0)
+    book.release(third, 1.0)
+    book.resource_made(third, pool, 2, 1.0)
+    assert (book.waiting(rate), book.in_use(rate), len(book.snapshot())) == (0, 0, 2)
+    book.detach([rate, pool])
+    assert {"get", "values", "items", "pop"} <= set(touched)
 
 
 def test_T7_threads_share_limits_in_any_order_and_none_waits_for_ever(book: LimitBook) -> None:
