@@ -92,13 +92,15 @@ class Unpacker:
         return self._loader.load()
 
     def take_data(self, count: int, where: str, way: str) -> dict[Any, Any]:
-        """The next `count` items as a dict. Raises EncodingError that names `where` and the key, and the `way`."""
+        """The next `count` items as a dict. Raises EncodingError that names `where`, the key and the `way`."""
         data: dict[Any, Any] = {}
         for _ in range(count):
             key: Any = "?"
             try:
                 key = self._loader.load()
                 data[key] = self._loader.load()
+            except PoolError:
+                raise  # the main module's: not this value's fault
             except Exception as error:
                 raise EncodingError(
                     f"{where}: data[{key!r}] was pickled, but cannot be unpickled on its way {way} a worker process "

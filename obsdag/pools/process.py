@@ -148,7 +148,7 @@ class ProcessPool:
         while self._waiting:
             job, _ = self._waiting.popitem(last=False)
             self._fail(job, PoolError(f"the process pool was closed before {job.label} could start"))
-        self._worker_gone = asyncio.Event()
+        self._worker_gone = self._worker_gone or asyncio.Event()
         for worker in list(self._workers):
             self._dismiss(worker)
         try:

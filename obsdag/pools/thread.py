@@ -143,7 +143,7 @@ class ThreadPool:
         self._idle.clear()
         for thread in self._threads:
             thread.inbox.put(None)
-        self._thread_ended = asyncio.Event()
+        self._thread_ended = self._thread_ended or asyncio.Event()
         await self._wait_until(lambda: not self._threads and not self._leaving, grace)
         await self._wait_until(lambda: all(thread.job for thread in self._threads | self._leaving), _IDLE_END_S)
         return [self._give_up(thread) for thread in sorted(self._threads, key=lambda thread: thread.name)]
