@@ -83,7 +83,7 @@ class TaskSet(Set[str]):
         return f"TaskSet({list(self._names)})"
 
     @classmethod
-    def _from_iterable(cls, it: Iterable[Any]) -> set[Any]:  # type: ignore[override]
+    def _from_iterable(cls, it: Iterable[Any]) -> set[Any]:
         return set(it)
 
 
@@ -137,7 +137,7 @@ class Context(MutableMapping[str, Any]):
         self._id: str | int = name or next(_numbers)
         self._parent: Context | None = None
         self._children: dict[Context, None] | None = None
-        self._lock: threading.RLock | None = None  # type: ignore[valid-type]
+        self._lock: threading.RLock | None = None
         self._token: _Token | None = None if runtime is None else runtime._token()
         self._frozen = False
         self._outcome: str | None = None
@@ -217,7 +217,7 @@ class Context(MutableMapping[str, Any]):
         return dict(self._data)
 
     @property
-    def lock(self) -> threading.RLock:  # type: ignore[valid-type]
+    def lock(self) -> threading.RLock:
         """A re-entrant lock of this context, made at first use (C2); holders exclude each other, in any thread."""
         if self._lock is None:
             with _lock_maker:

@@ -105,6 +105,8 @@ class RunBase:
         self._freezes: dict[Context, None] = {}
         self._grants: deque[LimitRequest] = deque()
         self.reserved = 0
+        self.buffered = 0
+        self.pools: Any = None
         self.dirty = False
         self.nudge: Callable[[], None] = _nothing
         self.closings: list[Any] = []

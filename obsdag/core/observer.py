@@ -115,6 +115,9 @@ class Observer:
     def task_restarted(self, task: Task, kind: str, error: BaseException | None) -> None:
         """A stream, service or thread ended or raised and will be made anew, its state lost (T14)."""
 
+    def cleanup_failed(self, what: str, error: BaseException) -> None:
+        """A shutdown hook, or the closing of a resource or generator, raised at the end of a run (T10)."""
+
     # --- the event loop, told by the watchdog
     def loop_lagged(self, lag_s: float) -> None:
         """The event loop ran a callback `lag_s` later than asked."""

@@ -25,6 +25,7 @@ class Execution:
     waits: seconds per state spent waiting between release and start, or None. grant: limit permits that it holds.
     outcome: None while it runs, then one of EXECUTION_OUTCOMES. cancelling: the engine has asked for its cancellation.
     exempt: it destroyed its own context, so its return value still counts (C8). handle: what the shell cancels it by.
+    final: it is not tried again, whatever the policy says (T14).
     span: the tracing observer's own slot. abandoned: its function has not really returned (T13); retry_at: when its retry is due then.
     """
 
@@ -35,6 +36,7 @@ class Execution:
         "context",
         "ended",
         "exempt",
+        "final",
         "grant",
         "handle",
         "index",
@@ -61,6 +63,7 @@ class Execution:
         self.outcome: str | None = None
         self.cancelling = False
         self.exempt = False
+        self.final = False
         self.abandoned = False
         self.retry_at: float | None = None
         self.released_by: Execution | None = None

@@ -32,8 +32,11 @@ class Sources(Progress):
 
     @property
     def has_room(self) -> bool:
-        """Whether `max_live_contexts` admits another input or item; contexts that wait at a join take no room."""
-        return self.living - self.at_joins - self.discarded + self.reserved < self.max_live
+        """Whether `max_live_contexts` admits another input or item.
+
+        Contexts that wait at a join take no room; outputs of a stream that nobody has taken yet do (E3).
+        """
+        return self.living - self.at_joins - self.discarded + self.reserved + self.buffered < self.max_live
 
     # --- pulls
 

@@ -1,0 +1,75 @@
+"""The pools of one executor: made at first use, closed with the run, or with `async with executor` (SEMANTICS E18)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from obsdag.errors import ConfigError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor as FuturesExecutor
+
+    from obsdag.config import ExecutorConfig
+    from obsdag.core.observer import Facts
+    from obsdag.pools import ProcessPool, ThreadPool
+
+__all__ = ["Pools"]
+
+
+class Pools:
+    """`thread` and `process` are None until first used. What the pools tell goes to the observers of the open runs."""
+
+    def __init__(self, config: ExecutorConfig) -> None:
+        self._config = config
+        self.thread: ThreadPool | None = None
+        self.process: ProcessPool | None = None
+        self.listeners: list[Facts] = []
+
+    def threads(self) -> ThreadPool:
+        """The thread pool."""
+        if self.thread is None:
+            from obsdag.pools import ThreadPool
+
+            self.thread = ThreadPool(self._config.thread_pool_worker_num, "obsdag", events=self)
+        return self.thread
+
+    def processes(self, task: str) -> ProcessPool:
+        """The process pool. Raises ConfigError, naming the task that wants it, if there is to be none."""
+        size = self._config.process_pool_worker_num
+        if not size:
+            raise ConfigError(f"task {task!r} runs in a process: set ExecutorConfig.process_pool_worker_num to 1 or more")
+        if self.process is None:
+            from obsdag.pools import ProcessPool
+
+            self.process = ProcessPool(size, events=self)
+        return self.process
+
+    def call_executor(self) -> FuturesExecutor | None:
+        """The process pool as tasks see it in their Environment (seed), None if there is to be none."""
+        return self.processes("").executor if self._config.process_pool_worker_num else None
+
+    async def close(self, grace: float) -> list[str]:
+        """Closes both pools; returns what had to be left behind, in words."""
+        thread, self.thread = self.thread, None
+        process, self.process = self.process, None
+        left: list[str] = []
+        for pool in (process, thread):
+            if pool is not None:
+                left += await pool.close(grace)
+        return left
+
+    # --- PoolEvents
+
+    def thread_abandoned(self, thread: str, what: str, running_s: float) -> None:
+        """Passes on that a thread runs for nobody any more (T13)."""
+        self._tell("thread_abandoned", thread, what, running_s)
+
+    def pool_rebuilt(self, pool: str, reason: str) -> None:
+        """Passes on that a worker process died and was replaced (T11)."""
+        self._tell("pool_rebuilt", pool, reason)
+
+    def _tell(self, fact: str, *arguments: Any) -> None:
+        for facts in list(self.listeners):
+            tell = getattr(facts, fact)
+            if tell is not None:
+                tell(*arguments)

@@ -1,0 +1,160 @@
+"""A worker: it takes a context from the queue, drives it as far as it goes, and gives it back (SEMANTICS T2, E4, E5, E10, E17).
+
+A visit has one runner, and further ones for further ready tasks of the same context, up to `task_worker_num`. The runner that ends
+last goes on as the worker, so nobody waits for anybody (E5). A worker ends when there is nothing to take; idle ones cost nothing (E7).
+
+    run -> take -> drive -> [begin -> task -> finish] ... -> leave -> take ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from obsdag.context import Context, LoopContext
+
+if TYPE_CHECKING:
+    from obsdag.shell import RunShell
+
+__all__ = ["Worker", "WorkerLocalProxy", "worker_local"]
+
+_current_worker: contextvars.ContextVar[Worker | None] = contextvars.ContextVar("obsdag_worker", default=None)
+
+
+class Worker:
+    """One of `context_worker_num`. Its fields belong to the event loop's thread; `storage` to its tasks (E10).
+
+    number: from 0. runners: how many asyncio tasks drive the context of the visit. context, since: the visit (run clock).
+    """
+
+    __slots__ = ("base", "context", "number", "runners", "shell", "since", "storage")
+
+    def __init__(self, shell: RunShell, number: int) -> None:
+        self.shell = shell
+        self.number = number
+        self.runners = 0
+        self.context: Context | None = None
+        self.since = 0.0
+        self.storage: dict[str, Any] = {}
+        base = shell.base.copy()
+        base.run(_current_worker.set, self)
+        self.base = base
+
+    def start(self) -> None:
+        """Begins to work in an asyncio task of its own, in a fresh copy of the caller's contextvars."""
+        self.shell.spawn(self._work(), self.base.copy())
+
+    async def _work(self) -> None:
+        """Visits one context after the other until there is nothing to do."""
+        shell = self.shell
+        while (context := shell.next_context(self)) is not None:
+            self.context, self.runners = context, 1
+            if isinstance(context, LoopContext):
+                await shell.drive_pull(context, self)
+            else:
+                await self._drive(context)
+            self.runners -= 1
+            if self.runners:
+                return  # another runner of this visit ends last and goes on as the worker
+            self._end_visit(context)
+            if contextvars.copy_context() != self.base:
+                self.start()  # a task left a context variable set: the next visit starts clean (E17)
+                return
+            if shell.clock() > shell.turn_end:
+                await shell.let_others_run()
+        shell.worker_idle(self)
+
+    def _end_visit(self, context: Context) -> None:
+        shell = self.shell
+        now = shell.clock()
+        self.context = None
+        if not isinstance(context, LoopContext):
+            shell.run.leave(context, self.number, now - self.since, now)
+        if shell.run.dirty:
+            shell.pump()
+
+    async def _branch(self, context: Context) -> None:
+        """A further runner of a visit; the one that ends last goes on as the worker."""
+        await self._drive(context)
+        self.runners -= 1
+        if not self.runners:
+            self._end_visit(context)
+            self.start()
+
+    async def _drive(self, context: Context) -> None:
+        """Executes ready tasks of one context, one after the other, until none is left for this runner."""
+        shell, run, clock = self.shell, self.shell.run, self.shell.clock
+        handle = asyncio.current_task()
+        assert handle is not None
+        now = self.since if self.runners == 1 else clock()
+        while (execution := run.begin(context, now, self.number)) is not None:
+            execution.handle = handle
+            if context._ready and (not shell.width or self.runners < shell.width):
+                self.runners += 1
+                shell.spawn(self._branch(context), None)
+            call = shell.direct[execution.index]
+            if call is None:
+                await shell.execute(execution)
+            else:
+                tell = run.facts.execution_started
+                if tell is not None:
+                    tell(execution, now)
+                try:
+                    result = await call(context)
+                except BaseException as error:
+                    await shell.failed(execution, error)
+                else:
+                    if execution.cancelling:
+                        shell.uncancel(handle)
+                    shell.finish(execution, result)
+            now = clock()
+            if shell.free and run.queue.size:
+                shell.wake_worker()
+            if now > shell.turn_end and context._ready:
+                await shell.let_others_run()
+                now = clock()
+
+
+class WorkerLocalProxy:
+    """Attributes per worker for a run, in its threads too (E10, seed).
+
+    Reading what is missing raises AttributeError; setting or deleting outside a worker raises RuntimeError; `in` works.
+    """
+
+    __slots__ = ()
+
+    def _storage(self, doing: str) -> dict[str, Any]:
+        worker = _current_worker.get()
+        if worker is None:
+            raise RuntimeError(f"worker_local: {doing} is possible only inside a task, on one of the engine's workers")
+        return worker.storage
+
+    def __getattr__(self, name: str) -> Any:
+        worker = _current_worker.get()
+        if worker is None or name not in worker.storage:
+            raise AttributeError(f"worker_local has no attribute {name!r} on this worker")
+        return worker.storage[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._storage(f"setting {name!r}")[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self._storage(f"deleting {name!r}")[name]
+        except KeyError:
+            raise AttributeError(f"worker_local has no attribute {name!r} on this worker") from None
+
+    def __contains__(self, name: object) -> bool:
+        worker = _current_worker.get()
+        return worker is not None and name in worker.storage
+
+    def __iter__(self) -> Iterator[str]:
+        worker = _current_worker.get()
+        return iter(list(worker.storage) if worker is not None else ())
+
+
+worker_local = WorkerLocalProxy()
+"""The current worker's attributes: a connection that each worker opens once, say."""
+
