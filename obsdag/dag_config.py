@@ -211,7 +211,7 @@ def _function(value: Any) -> Callable[..., Any]:
     if isinstance(found, Task):  # the module decorated it
         found = found.func
     if not callable(found):
-        _wrong(f"{value!r} is no function, but {found!r}")
+        _wrong(f"{value!r} is no function" + (f", but {found!r}" if isinstance(value, str) else ""))
     function: Callable[..., Any] = found
     return function
 

@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from html import escape
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from obsdag.layout import Layout, lay_out
@@ -105,23 +104,23 @@ def to_svg(dag: DAG, internal: bool = False) -> str:
 
 _BOX_HEIGHT = 44.0
 _MARGIN = 16.0
+# every rule is for .obsdag: the picture may stand within a page of others
 _STYLE = """
-    svg { color-scheme: light dark; background: var(--page);
-          --page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #8c959f; --box: #f6f8fa;
-          --router: #9a6700; --map: #0969da; --join: #0969da; --stream: #1a7f37; --loop: #1a7f37; --service: #8250df; }
+    .obsdag { color-scheme: light dark; background: var(--page);
+      --page: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #8c959f; --box: #f6f8fa;
+      --router: #9a6700; --map: #0969da; --join: #0969da; --stream: #1a7f37; --loop: #1a7f37; --service: #8250df; }
     @media (prefers-color-scheme: dark) {
-      svg { --page: #0d1117; --ink: #e6edf3; --soft: #9198a1; --line: #6e7681; --box: #161b22;
-            --router: #d29922; --map: #58a6ff; --join: #58a6ff; --stream: #3fb950; --loop: #3fb950;
-            --service: #bc8cff; }
+      .obsdag { --page: #0d1117; --ink: #e6edf3; --soft: #9198a1; --line: #6e7681; --box: #161b22; --router: #d29922;
+        --map: #58a6ff; --join: #58a6ff; --stream: #3fb950; --loop: #3fb950; --service: #bc8cff; }
     }
-    text { font-family: system-ui, -apple-system, "Segoe UI", sans-serif; text-anchor: middle; fill: var(--ink); }
-    .id { font-size: 13px; } .kind { font-size: 10.5px; fill: var(--soft); }
-    rect { fill: var(--box); stroke: var(--line); stroke-width: 1.25; }
-    path { fill: none; stroke: var(--line); stroke-width: 1.25; } marker path { fill: var(--line); stroke: none; }
-    .router rect { stroke: var(--router); } .map rect { stroke: var(--map); } .join rect { stroke: var(--join); }
-    .stream rect { stroke: var(--stream); } .loop rect { stroke: var(--loop); }
-    .service rect { stroke: var(--service); }
-    .node rect { stroke-dasharray: 4 3; }
+    .obsdag text { font-family: system-ui, -apple-system, "Segoe UI", sans-serif; text-anchor: middle; }
+    .obsdag .id { font-size: 13px; fill: var(--ink); } .obsdag .kind { font-size: 10.5px; fill: var(--soft); }
+    .obsdag rect { fill: var(--box); stroke: var(--line); stroke-width: 1.25; }
+    .obsdag .edge { fill: none; stroke: var(--line); stroke-width: 1.25; } .obsdag .head { fill: var(--line); }
+    .obsdag .router rect { stroke: var(--router); } .obsdag .map rect { stroke: var(--map); }
+    .obsdag .join rect { stroke: var(--join); } .obsdag .stream rect { stroke: var(--stream); }
+    .obsdag .loop rect { stroke: var(--loop); } .obsdag .service rect { stroke: var(--service); }
+    .obsdag .node rect { stroke-dasharray: 4 3; }
 """
 
 
@@ -129,14 +128,17 @@ def _svg(name: str, tasks: Sequence[Task], labels: Sequence[str], widths: Sequen
     width, height = layout.width + 2 * _MARGIN, layout.height + 2 * _MARGIN
     title = escape(_printable(name))
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        f'height="{height:.0f}" role="img" aria-label="DAG {title}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="obsdag" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="DAG {title}">',
         f"  <title>{title}</title>",
         f"  <style>{_STYLE}  </style>",
-        '  <defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
-        '<path d="M0 0.5 L8 4 L0 7.5 z"/></marker></defs>',
+        '  <defs><marker id="obsdag-head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
+        'orient="auto"><path class="head" d="M0 0.5 L8 4 L0 7.5 z"/></marker></defs>',
     ]
-    lines += [f'  <path d="{_curve(points)}" marker-end="url(#head)"/>' for points in layout.paths.values()]
+    lines += [
+        f'  <path class="edge" d="{_curve(points)}" marker-end="url(#obsdag-head)"/>'
+        for points in layout.paths.values()
+    ]
     for task, label, box, (x, y) in zip(tasks, labels, widths, layout.centers, strict=True):
         left, top = x + _MARGIN - box / 2, y + _MARGIN - _BOX_HEIGHT / 2
         lines.append(
@@ -153,14 +155,17 @@ def _corner(task: Task) -> int:
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> str:
-    """A smooth path from the lower side of the first box to the upper side of the last one, vertical at both."""
-    placed = [(x + _MARGIN, y + _MARGIN) for x, y in points]
-    placed[0] = (placed[0][0], placed[0][1] + _BOX_HEIGHT / 2)
-    placed[-1] = (placed[-1][0], placed[-1][1] - _BOX_HEIGHT / 2 - 1)
-    parts = [f"M{placed[0][0]:.1f} {placed[0][1]:.1f}"]
-    for (x0, y0), (x1, y1) in pairwise(placed):
-        middle = (y0 + y1) / 2
-        parts.append(f"C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}")
+    """From the lower side of the first box to the upper side of the last: straight in the layers, curved between."""
+    half = _BOX_HEIGHT / 2
+    x, y = points[0][0] + _MARGIN, points[0][1] + _MARGIN + half
+    parts = [f"M{x:.1f} {y:.1f}"]
+    for at, point in enumerate(points[1:], start=2):
+        next_x, top = point[0] + _MARGIN, point[1] + _MARGIN - half
+        middle = (y + top) / 2
+        parts.append(f"C{x:.1f} {middle:.1f} {next_x:.1f} {middle:.1f} {next_x:.1f} {top:.1f}")
+        x, y = next_x, top + _BOX_HEIGHT
+        if at < len(points):
+            parts.append(f"V{y:.1f}")
     return " ".join(parts)
 
 
@@ -197,4 +202,6 @@ def _without_addresses(value: Any) -> Any:
         return _ADDRESS.sub("", value)
     if isinstance(value, list):
         return [_without_addresses(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_addresses(item) for key, item in value.items()}
     return value

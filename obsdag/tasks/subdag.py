@@ -25,6 +25,8 @@ class SubDAG(Task):
     shape: ClassVar[Shape] = "subdag"
 
     def __init__(self, dag: DAG, config: TaskConfig | None = None, name: str = "") -> None:
+        if not hasattr(dag, "find_problems"):  # the class itself is on a floor above
+            raise TypeError(f"only a DAG can be included, not {dag!r}")
         super().__init__(None, config, name or dag.name)
         self.dag = dag
         self.members: tuple[str, ...] = ()
