@@ -13,8 +13,9 @@ from obsdag.limits.requests import Closing, LimitOwner, LimitRequest, LimitStatu
 
 __all__ = ["LimitBook"]
 
-# Threads read one clock and then race for the lock, so times come in a little out of order. A time that is older than
-# the latest one by more than this (seconds) means that the clock was set back.
+# Threads read one clock and then race for the lock, so times come in a little out of order: who comes late counts as of
+# the latest time seen, else a permit would be dated back and the next one be too early. A time that is older than the
+# latest by more than this (seconds) means that the clock was set back.
 _CLOCK_RACE_S: Final = 1.0
 
 _News = tuple[LimitRequest, float | None]  # to tell the owner: the time to rearm, or None: granted
@@ -51,7 +52,7 @@ class LimitBook:
         request = LimitRequest(owner, key, limits, now)
         news = None
         with self._lock:
-            self._see(now)
+            now = self._see(now)
             ledgers = request._ledgers = tuple([self._ledgers.get(limit) or self._opened(limit) for limit in limits])
             for ledger in ledgers:
                 if ledger.line or ledger.ready_at() > now:
@@ -82,7 +83,7 @@ class LimitBook:
                 self._leave_lines(request)
             for ledger in request._ledgers:
                 if ledger.line:
-                    self._see(now)
+                    now = self._see(now)
                     self._settle(request._ledgers, now)
                     break
             if self._news:
@@ -94,7 +95,7 @@ class LimitBook:
     def advance(self, now: float) -> None:
         """Grant what time has made possible, whoever the owner is."""
         with self._lock:
-            self._see(now)
+            now = self._see(now)
             for _, _, request in sorted((at, each._number, each) for each, at in self._timed.items() if at <= now):
                 self._settle(request._ledgers, now)
             news = self._take_news()
@@ -152,7 +153,7 @@ class LimitBook:
                 return
             ledger = self._ledgers[pool]
             ledger.put(request, unused=True)
-            self._see(now)
+            now = self._see(now)
             self._settle((ledger,), now)
             news = self._take_news()
         _tell(news)
@@ -176,7 +177,8 @@ class LimitBook:
 
     # From here on: with the lock held.
 
-    def _see(self, now: float) -> None:
+    def _see(self, now: float) -> float:
+        """The time that counts, never earlier than what it was for those who came before."""
         if now > self._latest:
             self._latest = now
         elif now < self._latest - _CLOCK_RACE_S:
@@ -185,6 +187,7 @@ class LimitBook:
                 ledger.set_back(now)
             for request in tuple(self._timed):
                 self._settle(request._ledgers, now)
+        return self._latest
 
     def _opened(self, limit: Limit) -> Ledger:
         ledger = self._ledgers[limit] = open_ledger(limit)

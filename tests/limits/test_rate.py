@@ -98,6 +98,16 @@ def test_T7_times_of_threads_that_race_for_the_lock_do_not_shift_the_rate(book: 
     assert run.told == []
 
 
+def test_T7_who_loses_the_race_for_the_lock_is_not_dated_back(book: LimitBook, run: Run) -> None:
+    """A thread read 1.0 and comes after one that read 1.5. Dated 1.0, its permit would let the next come at 2.0."""
+    limit = RateLimit(1)
+    ask(book, run, 2, limit)
+    book.request(run, 2, (limit,), 1.5)
+    book.advance(1.0)
+    assert run.told[0].granted_at == 1.5
+    assert book.due(run) == 2.5
+
+
 @given(
     n=st.integers(1, 7),
     burst=st.none() | st.integers(1, 5),
@@ -110,6 +120,7 @@ def test_T7_no_window_exceeds_the_rate_whatever_the_clock_does(
     """Measured on the time that really passed: a clock set back by some seconds has gone on in the meantime."""
     book, run, limit = LimitBook(), Run(), RateLimit(n, 1.0, burst)
     now, latest, passed, granted = 1_000.0, 1_000.0, 0.0, []
+    book.advance(now)  # so that it knows the time from which `passed` counts
     for step, by_advance in steps:
         now += step
         passed += max(now - latest, 0.0)
