@@ -101,9 +101,11 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Kills the process and what it started; `died` follows. Again is a no-op."""
-        if not self._reaped:
+        if not self._reaped:  # until then its number cannot be anybody else's
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # a job may have moved it out of its group
 
     def reap(self) -> None:
         """Kills the process, waits until it is dead and lets go of it, without telling; for a loop that is at its
@@ -169,7 +171,7 @@ class WorkerProcess:
     # --- the end
 
     def _end(self) -> None:
-        self.kill()  # what it started; it is not reaped yet, so the group's number cannot be anybody else's
+        self.kill()  # what it started
         while self._receive():  # what it wrote before it died, to the end of file or, if others hold it open, of data
             pass
         self._let_go()

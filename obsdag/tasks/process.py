@@ -92,27 +92,32 @@ def _refer_to(func: Callable[..., Any]) -> tuple[str, str] | bytes:
             raise EncodingError(
                 f"its {type(func).__name__} cannot be carried to a worker process ({error}); use a function of a module"
             ) from error
-    name = func.__qualname__
-    if name == "<lambda>" or name.endswith(".<lambda>"):
-        raise EncodingError("its function is a lambda, which a worker process cannot import: define it in a module")
+    obstacle = _why_unreachable(func.__module__, func.__qualname__, func)
+    if obstacle:
+        raise EncodingError(obstacle)
+    return func.__module__, func.__qualname__
+
+
+def _why_unreachable(module: str, name: str, func: FunctionType) -> str | None:
+    if name.endswith("<lambda>"):
+        return "its function is a lambda, which a worker process cannot import: define it in a module"
     if "<locals>" in name:
-        raise EncodingError(
+        return (
             f"its function {name} is defined inside a function, where a worker process cannot import it: "
             "move it to the top of its module"
         )
-    module = func.__module__
     if module in _worker.MAIN_NAMES and _worker.find_main() is None:
-        raise EncodingError(
+        return (
             f"its function {name} is defined in a session or notebook, which a worker process cannot import: "
             "put it into a module"
         )
     try:
         found = attribute(sys.modules[module], name)
     except (KeyError, AttributeError):
-        raise EncodingError(f"its function cannot be found as {module}.{name} by a worker process") from None
+        return f"its function cannot be found as {module}.{name} by a worker process"
     if found is not func:
-        raise EncodingError(f"{module}.{name} is not its function but {found!r}: a worker process would find that one")
-    return module, name
+        return f"{module}.{name} is not its function but {found!r}: a worker process would find that one"
+    return None
 
 
 # --- what comes back
