@@ -164,9 +164,10 @@ ATTRIBUTES: Final = (
 
 _EXECUTION = ("context_id", "root_id", "task", "attempt", "worker", "trace_id", "span_id")
 _CONTEXT = ("context_id", "root_id", "trace_id", "span_id")
+_COUNTS = ("entered", *OUTCOMES)  # outcomes that did not occur are left out
 
 EVENTS: Final = (
-    EventSpec("context.entered", "debug", "a context entered", (*_CONTEXT, "kind"), "context_entered"),
+    EventSpec("context.entered", "debug", "a context entered", (*_CONTEXT, "kind", "maker"), "context_entered"),
     EventSpec("execution.started", "debug", "an attempt begins", _EXECUTION, "execution_started"),
     EventSpec(
         "execution.succeeded", "debug", "an attempt succeeded", (*_EXECUTION, "duration_s"), "execution_finished"
@@ -182,35 +183,48 @@ EVENTS: Final = (
         (*_CONTEXT, "task", "reason"),
         "context_destroyed",
     ),
-    EventSpec("run.started", "info", "a run begins", ("run_id", "kind"), "run_started"),
+    EventSpec("run.started", "info", "a run begins", ("run_id", "kind", "tasks"), "run_started"),
     EventSpec(
         "run.finished",
         "info",
-        "a run ended: the one canonical line",
-        ("run_id", "outcome", "duration_s", "counts", "executions", "retries", "slowest"),
+        "a run ended: the one canonical line; suppressed: lines of the run that were throttled away",
+        ("run_id", "outcome", "duration_s", *_COUNTS, "executions", "retries", "slowest", "suppressed"),
         "run_finished",
     ),
     EventSpec(
-        "run.progress", "info", "how far a run is", ("run_id", "living", "finished"), "context_finished", throttled=True
+        "run.progress",
+        "info",
+        "how far a run is, every 10 s",
+        ("run_id", "living", *_COUNTS, "executions", "busy_workers", "queue", "states"),
+        "loop_lagged",
     ),
     EventSpec(
         "context.finished",
         "info",
-        "a context ended (sampled)",
-        (*_CONTEXT, "outcome", "duration_s"),
+        "a root context ended, and where its time went (sampled: one per outcome and second)",
+        (*_CONTEXT, "outcome", "duration_s", "ledger"),
         "context_finished",
+        throttled=True,
     ),
     EventSpec(
-        "drain.started", "info", "no more is accepted, what is in flight is finished", ("phase",), "phase_changed"
+        "drain.started",
+        "info",
+        "no more is accepted, what is in flight is finished",
+        ("run_id", "living"),
+        "phase_changed",
     ),
     EventSpec(
-        "drain.finished", "info", "draining ended: the manifest of what was cancelled", ("manifest",), "drain_finished"
+        "drain.finished",
+        "info",
+        "draining ended: the manifest of what was cancelled",
+        ("run_id", "manifest"),
+        "drain_finished",
     ),
     EventSpec(
         "execution.retry_scheduled",
         "warning",
         "a failed attempt will be followed by another",
-        (*_EXECUTION, "delay_s", "error_type"),
+        (*_EXECUTION, "delay_s", "error_type", "error"),
         "retry_scheduled",
         throttled=True,
     ),
@@ -225,8 +239,8 @@ EVENTS: Final = (
     EventSpec(
         "event_loop.blocked",
         "warning",
-        "a task keeps the event loop from turning",
-        ("context_id", "task", "blocked_s", "stack"),
+        "a task keeps the event loop from turning; line: the line of its code that does",
+        (*_EXECUTION, "blocked_s", "line"),
         "loop_blocked",
         throttled=True,
     ),
@@ -234,13 +248,18 @@ EVENTS: Final = (
         "submit.rejected", "warning", "a submission was turned away", ("reason",), "submit_rejected", throttled=True
     ),
     EventSpec(
-        "pool.rebuilt", "warning", "a worker of a pool died and was replaced", ("pool", "reason"), "pool_rebuilt"
+        "pool.rebuilt",
+        "warning",
+        "a worker of a pool died and was replaced",
+        ("pool", "reason"),
+        "pool_rebuilt",
+        throttled=True,
     ),
     EventSpec(
         "service.restarted",
         "warning",
         "a stream, service or thread ended or raised and is made anew",
-        ("task", "kind", "error_type"),
+        ("task", "kind", "error_type", "error"),
         "task_restarted",
         throttled=True,
     ),
@@ -248,14 +267,15 @@ EVENTS: Final = (
         "thread.abandoned",
         "warning",
         "a thread does not come back",
-        ("thread", "task", "running_s"),
+        ("task", "pool_thread", "running_s"),
         "thread_abandoned",
+        throttled=True,
     ),
     EventSpec(
         "telemetry.dropping",
         "warning",
-        "telemetry loses data",
-        ("signal", "reason", "count"),
+        "telemetry loses data (how much, and in all by signal and reason), or an observer raised and was detached",
+        ("dropped", "totals", "observer", "fact", "error_type", "error"),
         "observer_failed",
         throttled=True,
     ),
@@ -276,18 +296,32 @@ EVENTS: Final = (
         "execution.failed",
         "error",
         "a context failed for good, with exception",
-        (*_EXECUTION, "error_type"),
+        (*_EXECUTION, "duration_s", "error_type", "error"),
         "context_failed",
+        throttled=True,
     ),
     EventSpec(
         "context.stalled",
         "error",
         "a context cannot go on: the diagnosis",
-        (*_CONTEXT, "task", "missing", "why"),
+        (*_CONTEXT, "task", "missing", "reason"),
         "context_stalled",
+        throttled=True,
     ),
-    EventSpec("run.deadlocked", "error", "a run ended with stalled contexts", ("run_id", "stalled"), "run_deadlocked"),
-    EventSpec("run.failed", "error", "a run ended as failed", ("run_id", "outcome", "duration_s"), "run_finished"),
+    EventSpec(
+        "run.deadlocked",
+        "error",
+        "a run ended with stalled contexts: how many, at which tasks, and the first of them",
+        ("run_id", "stalled", "tasks", "first"),
+        "run_deadlocked",
+    ),
+    EventSpec(
+        "run.failed",
+        "error",
+        "a run was ended by a failure, an input that raised, or its deadline",
+        ("run_id", "outcome", "duration_s", *_COUNTS),
+        "run_finished",
+    ),
 )
 
 _METRICS: Final = {spec.name: spec for spec in METRICS}
