@@ -49,12 +49,8 @@ COMMANDS = [
 ]
 
 
-def _of(*languages: str) -> list[Block]:
-    return [block for block in BLOCKS if block.language in languages]
-
-
-def _line(block: Block) -> str:
-    return f"line{block.line}"
+def _of(language: str) -> list[object]:
+    return [pytest.param(block, id=f"line{block.line}") for block in BLOCKS if block.language == language]
 
 
 def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -71,7 +67,7 @@ def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("block", _of("python"), ids=_line)
+@pytest.mark.parametrize("block", _of("python"))
 def test_python_blocks_run_as_they_stand(block: Block, tmp_path: Path) -> None:
     script = tmp_path / "readme.py"
     script.write_text(block.text)
@@ -99,7 +95,7 @@ def test_commands_do_what_they_say(line: int, command: str, tmp_path: Path) -> N
     assert done.returncode == 0, f"README.md:{line}: {done.stderr}"
 
 
-@pytest.mark.parametrize("block", _of("toml"), ids=_line)
+@pytest.mark.parametrize("block", _of("toml"))
 def test_toml_blocks_are_settings(block: Block) -> None:
     tables = tomllib.loads(block.text)
 
