@@ -33,7 +33,14 @@ _SIGNAL = Label("signal", SIGNALS)
 _SCRAPE = Label("signal", ("metrics",))
 
 METRICS: Final = (
-    MetricSpec("obsdag_build_info", "info", "Version of obsdag that runs.", (Label("version"),), board="engine"),
+    MetricSpec(
+        "obsdag_build_info",
+        "info",
+        "Version of obsdag that runs.",
+        (Label("version"),),
+        board="engine",
+        scope="both",
+    ),
     MetricSpec(
         "obsdag_capacity",
         "gauge",
@@ -364,6 +371,7 @@ METRICS: Final = (
         (_SIGNAL, Label("reason", DROP_REASONS)),
         source="SelfStats, observer_failed",
         bad="The receiver is down or too slow, or an observer has a bug.",
+        scope="both",
     ),
     MetricSpec(
         "obsdag_telemetry_spans_buffered",
@@ -371,6 +379,7 @@ METRICS: Final = (
         "Finished spans that are held until it is known whether their trace is kept.",
         (Label("signal", ("traces",)),),
         source="SelfStats",
+        scope="engine",
     ),
     MetricSpec(
         "obsdag_telemetry_seconds_total",
@@ -380,6 +389,7 @@ METRICS: Final = (
         "seconds",
         "SelfStats",
         bad="Its rate is the share of one processor that telemetry costs.",
+        scope="both",
     ),
     MetricSpec(
         "obsdag_collect_seconds",
@@ -387,6 +397,7 @@ METRICS: Final = (
         "Time that this scrape spent on the engine's numbers.",
         (_SCRAPE,),
         "seconds",
+        scope="engine",
     ),
     MetricSpec(
         "obsdag_collect_errors_total",
@@ -394,6 +405,7 @@ METRICS: Final = (
         "Parts of a scrape that failed and were left out.",
         (_SCRAPE,),
         bad="A bug of obsdag: the log has the error.",
+        scope="engine",
     ),
     MetricSpec(
         "obsdag_traces_total",
@@ -402,5 +414,6 @@ METRICS: Final = (
         (Label("decision", TRACE_DECISIONS),),
         source="SelfStats",
         bad="`over_budget`: an outage; kept traces are a sample of it.",
+        scope="both",
     ),
 )

@@ -23,8 +23,8 @@ ALL_DAGS: Final = "_all"
 class Kept(NamedTuple):
     """Something of a trace that is exported, for an exemplar that leads there.
 
-    what: "root" (label: the outcome), "task" (label: the task) or "queue" (label: the lane). seconds: what the histogram
-    of that name saw. trace_id, span_id: hex. unix_s: when it ended.
+    what: "root" (label: the outcome), "task" (label: the task) or "queue" (label: the lane). seconds: what the
+    histogram of that name saw. trace_id, span_id: hex. unix_s: when it ended.
     """
 
     what: str
@@ -46,14 +46,23 @@ class StatsPart:
         self.seconds: dict[str, float] = dict.fromkeys(SIGNALS, 0.0)
         self.traces: dict[str, int] = dict.fromkeys(TRACE_DECISIONS, 0)
 
+    def add(self, other: StatsPart) -> None:
+        """Adds the counters of another part to these."""
+        for key, lost in other.dropped.items():
+            self.dropped[key] += lost
+        for signal, seconds in other.seconds.items():
+            self.seconds[signal] += seconds
+        for decision, traces in other.traces.items():
+            self.traces[decision] += traces
+
 
 class SelfStats:
     """Counters by (signal, reason) and seconds by signal, zero from the start; safe to change and read from any thread.
 
-    dropped, seconds, traces (roots by why their trace was kept or not): over all DAGs. parts: the same by DAG, and under
-    `_all` what was counted without one; the parts add up to the totals.
-    on_kept: told of what tracing exports, on its own thread.
-    gauges: what can only be asked for when somebody reads: name -> function, such as "spans_buffered".
+    dropped, seconds, traces (roots by why their trace was kept or not): over all DAGs. parts: the same by DAG, and
+    under `_all` what was counted without one; the parts add up to the totals. on_kept: told of what tracing exports,
+    on its own thread. gauges: what can only be asked for when somebody reads: name -> function, such as
+    "spans_buffered".
     """
 
     __slots__ = ("_lock", "_total", "gauges", "on_kept", "parts")

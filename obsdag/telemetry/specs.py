@@ -75,7 +75,8 @@ class MetricSpec:
     help: one sentence. unit: "seconds" or empty (plain counts). source: the facts of `core.observer` it is counted
     from, or "scrape" where it is read from living runs. exemplars: whether buckets lead to kept traces. board: the
     dashboard that shows it. bad: what a bad value looks like and what to do first, for panels. tasks: which tasks have
-    series. optional: whether it has no series while there is nothing to tell, rather than 0.
+    series. optional: whether it has no series while there is nothing to tell, rather than 0. scope: whether it is told
+    of each DAG, of an engine as a whole (`dag="_all"`), or of both, what is known by DAG being left out of `_all`.
     """
 
     name: str
@@ -89,6 +90,7 @@ class MetricSpec:
     bad: str = ""
     tasks: TaskSet = "all"
     optional: bool = False
+    scope: Literal["dag", "engine", "both"] = "dag"
 
     @property
     def family(self) -> str:
