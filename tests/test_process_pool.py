@@ -460,6 +460,13 @@ def test_T11_functions_of_a_session_are_refused_at_build() -> None:
     assert "its function f is defined in a session or notebook" in ended.stdout
 
 
+def test_a_worker_starts_light() -> None:
+    heavy = "asyncio opentelemetry prometheus_client structlog multiprocessing"
+    text = f"import obsdag.tasks.detached, sys; print(*[name for name in '{heavy}'.split() if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=LONG_S, check=True)
+    assert ended.stdout == "\n", "what a worker process imports before its first job costs each of its starts"
+
+
 # --- process tasks: what crosses
 
 
