@@ -1,5 +1,8 @@
 """obsdag: run data through a DAG of tasks on asyncio, and see of every item where it is, waits, or failed.
 
+The way of one context: `Executor.run` -> `RunState.accept` -> `ContextQueue.take` -> `Worker` -> `Runners` -> the task ->
+`RunState.finish` -> (queue | output | gone) -> `RunResult`.
+
 The floors, from the ground up; a module imports from its own floor and those below it (tests/test_architecture.py reads
 them here):
 
@@ -10,6 +13,11 @@ them here):
     layout, draw, graph, dag_config     pictures of it; the DAG that users define; a DAG read from a file
     core                                what decides: lanes, readiness, joins, retries, outcomes; no asyncio, no clock
     telemetry, logs                     observers of the core: metrics, traces, logs; logging for scripts
+    inputs, engine_pools                what a run takes in; the pools of an executor
+    services, generators, runners       how an execution of each kind of task is run
+    worker, shell                       who drives a context; the asyncio shell around the core of one run
+    executor                            `Executor`: opens runs and sees them to their end
+    testing                             helpers for tests of one's own DAGs
 """
 
 from importlib import import_module
@@ -46,6 +54,7 @@ if TYPE_CHECKING:
         TaskError,
         UnknownTicketError,
     )
+    from obsdag.executor import Executor, OutputStream, RunResult
     from obsdag.graph import DAG
     from obsdag.limits import ConcurrencyLimit, RateLimit, ResourcePool
     from obsdag.runtime import Runtime
@@ -78,6 +87,7 @@ if TYPE_CHECKING:
         Task,
         TaskConfig,
     )
+    from obsdag.worker import WorkerLocalProxy, worker_local
 
 __all__ = [
     "DAG",
@@ -101,6 +111,7 @@ __all__ = [
     "ErrorInfo",
     "Execution",
     "ExecutionTimeout",
+    "Executor",
     "ExecutorConfig",
     "Exponential",
     "Failure",
@@ -121,6 +132,7 @@ __all__ = [
     "ObsdagError",
     "Observer",
     "OutputContext",
+    "OutputStream",
     "PoolError",
     "ProcessTask",
     "QueueFullError",
@@ -131,6 +143,7 @@ __all__ = [
     "ResourcePool",
     "RetryStrategy",
     "RunFailed",
+    "RunResult",
     "Runtime",
     "ServeError",
     "ServiceError",
@@ -147,14 +160,16 @@ __all__ = [
     "TaskConfig",
     "TaskError",
     "UnknownTicketError",
+    "WorkerLocalProxy",
     "__version__",
+    "worker_local",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = (
     *("errors", "config", "limits", "context", "core.states", "core.records", "core.observer", "core.queue"),
-    *("runtime", "tasks", "graph"),
+    *("runtime", "tasks", "graph", "worker", "executor"),
 )
 """Where the public names live, the lightest first. A name is imported when it is first used: a worker process, which
 needs few modules, starts in half the time (66 instead of 121 ms), and telemetry libraries load only for who uses them.

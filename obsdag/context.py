@@ -115,12 +115,14 @@ class Context(MutableMapping[str, Any]):
         "_parked",
         "_place",
         "_ready",
+        "_records",
         "_run",
         "_running",
         "_since",
         "_state",
         "_token",
         "_trace",
+        "_waits",
         "name",
         "runtime",
     )
@@ -158,6 +160,8 @@ class Context(MutableMapping[str, Any]):
         self._ledger: list[float] | None = None
         self._maker: Execution | None = None
         self._more: More | None = None
+        self._records: list[Execution] | None = None  # a root's executions, where an observer needs them
+        self._waits: list[float] | None = None  # seconds per state since the last start, where an observer needs them
         self._trace: Any = None  # the tracing observer's own record of this context
 
     # --- identity

@@ -180,7 +180,8 @@ def _printable(text: str) -> str:
 
 
 def _mermaid_text(text: str) -> str:
-    return "".join(f"#{ord(sign)};" if sign in '"#&<>`\\;' else sign for sign in _printable(text))
+    # the colon because Mermaid takes "style ...: ...#34;" for a line of its own, wherever it stands
+    return "".join(f"#{ord(sign)};" if sign in '"#&<>`\\;:' else sign for sign in _printable(text))
 
 
 def _dot_text(text: str) -> str:

@@ -260,8 +260,6 @@ class RunShell:
             except BaseException as error:
                 await self.failed(execution, error)
             else:
-                if execution.cancelling and execution.handle is not None:
-                    self.uncancel(execution.handle)
                 finished()
         finally:
             if token is not None:
@@ -270,6 +268,8 @@ class RunShell:
     def finish(self, execution: Execution, result: Any) -> None:
         """The function returned; what it may not return fails the execution instead."""
         run = self.run
+        if execution.cancelling:
+            self.uncancel(execution.handle)
         try:
             run.finish(execution, result, self.clock())
         except Exception as error:

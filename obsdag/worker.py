@@ -86,30 +86,35 @@ class Worker:
     async def _drive(self, context: Context) -> None:
         """Executes ready tasks of one context, one after the other, until none is left for this runner."""
         shell, run, clock = self.shell, self.shell.run, self.shell.clock
+        begin, direct, facts, number = run.begin, shell.direct, run.facts, self.number
         handle = asyncio.current_task()
         assert handle is not None
         now = self.since if self.runners == 1 else clock()
-        while (execution := run.begin(context, now, self.number)) is not None:
+        while (execution := begin(context, now, number)) is not None:
             execution.handle = handle
             if context._ready and (not shell.width or self.runners < shell.width):
                 self.runners += 1
                 shell.spawn(self._branch(context), None)
-            call = shell.direct[execution.index]
+            call = direct[execution.index]
             if call is None:
                 await shell.execute(execution)
+                now = clock()
             else:
-                tell = run.facts.execution_started
-                if tell is not None:
-                    tell(execution, now)
+                if facts.execution_started is not None:
+                    facts.execution_started(execution, now)
                 try:
                     result = await call(context)
                 except BaseException as error:
                     await shell.failed(execution, error)
+                    now = clock()
                 else:
-                    if execution.cancelling:
-                        shell.uncancel(handle)
-                    shell.finish(execution, result)
-            now = clock()
+                    now = clock()
+                    if result is context and not execution.cancelling:
+                        run.finish(execution, result, now)
+                        if run.dirty:
+                            shell.pump()
+                    else:
+                        shell.finish(execution, result)
             if shell.free and run.queue.size:
                 shell.wake_worker()
             if now > shell.turn_end and context._ready:

@@ -84,7 +84,7 @@ class RunBase:
         self.waiting_limits = 0
         self.executions_total = 0
         self.retries_total = 0
-        self.task_running = [0] * len(plan.tasks)
+        self.task_started = [0] * len(plan.tasks)
         self.task_executions = [0] * len(plan.tasks)
         self.task_seconds = [0.0] * len(plan.tasks)
         self.joins_pending = [0] * len(plan.tasks)
@@ -159,10 +159,9 @@ class RunBase:
         if context._ledger is not None:
             context._ledger[old] += stayed
         if self.recording and old > _RUNNING and stayed > 0.0:
-            more = more_of(context)
-            if more.waits is None:
-                more.waits = [0.0] * len(STATES)
-            more.waits[old] += stayed
+            if context._waits is None:
+                context._waits = [0.0] * len(STATES)
+            context._waits[old] += stayed
         if self.facts.state_left is not None:
             self.facts.state_left(context, old, stayed, now)
 
@@ -216,6 +215,11 @@ class RunBase:
         """Entries of the three lanes."""
         continuing, new, loop = self.queue.lengths()
         return continuing, new, loop + len(self.rooms)
+
+    @property
+    def task_running(self) -> list[int]:
+        """Executions that run now, by task index."""
+        return [started - ended for started, ended in zip(self.task_started, self.task_executions, strict=True)]
 
     @property
     def timers_armed(self) -> int:

@@ -22,7 +22,7 @@ __all__ = ["critical_path"]
 
 def critical_path(plan: Plan, root: Context) -> list[CriticalStep]:
     """Every recorded execution of `root` and its descendants, in order of start, with slack in seconds."""
-    executions = list(root._more.records or ()) if root._more is not None else []
+    executions = list(root._records or ())
     chain: dict[int, Execution] = {}
     last = root._maker
     while last is not None and id(last) not in chain:

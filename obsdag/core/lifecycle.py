@@ -230,9 +230,7 @@ class Lifecycle(RunBase):
             self.facts.context_finished(context, outcome, now)
         if self.on_end is not None:
             self.on_end(context)
-        if context._more is not None:
-            context._more.records = None
-            context._more.waits = None
+        context._records = context._waits = None
         if context._parent is not None or context._ledger is None or not self.recording:
             context._maker = None
 
@@ -364,6 +362,7 @@ class Lifecycle(RunBase):
             lend = more.lends[index] = Lend(parent, index, mask, bool(mask & self.plan.joins))
             parent._parked |= mask
             parent._ready &= ~mask
+            more.plain = False
         parent._done |= self.plan.bit[index]
         return lend
 

@@ -23,7 +23,7 @@ class Progress(Waits):
         context, index = execution.context, execution.index
         context._running |= self.plan.bit[index]
         self.active += 1
-        self.task_running[index] += 1
+        self.task_started[index] += 1
         if context._executions is None:
             context._executions = [execution]
         else:
@@ -36,10 +36,9 @@ class Progress(Waits):
         context = execution.context
         more = context._more
         execution.released_by = context._maker
-        if more is not None:
-            if more.released:
-                execution.released_by = more.released.pop(execution.index, execution.released_by)
-            execution.waits, more.waits = more.waits, None
+        execution.waits, context._waits = context._waits, None
+        if more is not None and more.released:
+            execution.released_by = more.released.pop(execution.index, execution.released_by)
 
     def _end_execution(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Every way out of an execution comes through here once (T8): counts, permits, the fact."""
@@ -51,7 +50,6 @@ class Progress(Waits):
         if executions is not None:
             executions.remove(execution)
         self.active -= 1
-        self.task_running[index] -= 1
         self.task_executions[index] += 1
         self.task_seconds[index] += now - execution.started
         more = context._more
@@ -71,11 +69,10 @@ class Progress(Waits):
         root = execution.context
         while root._ledger is None and root._parent is not None:
             root = root._parent
-        more = more_of(root)
-        if more.records is None:
-            more.records = []
-        if len(more.records) < RECORDS_PER_ROOT and root._outcome is None:
-            more.records.append(execution)
+        if root._records is None:
+            root._records = []
+        if len(root._records) < RECORDS_PER_ROOT and root._outcome is None:
+            root._records.append(execution)
 
     def _complete(self, context: Context, index: int, now: float) -> None:
         """The task is completed for the context: what has all its live upstreams completed now is ready (C4)."""

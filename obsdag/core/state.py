@@ -77,7 +77,15 @@ class RunState(Sources):
             execution.grant = grant
             if self.recording:
                 self._record(execution)
-            self._note_started(execution, now)
+            context._running |= low  # as in _note_started
+            self.active += 1
+            self.task_started[index] += 1
+            if context._executions is None:
+                context._executions = [execution]
+            else:
+                context._executions.append(execution)
+            if context._state != _RUNNING:
+                self._restate(context, now)
             return execution
         return None
 
@@ -96,16 +104,44 @@ class RunState(Sources):
     def finish(self, execution: Execution, result: Any, now: float) -> None:
         """The function returned `result` (T1). Raises TaskError, with nothing changed, if that is not for a task to return."""
         context = execution.context
-        if result is context and context._more is None and context._outcome is None and execution.grant is None:
-            self._end_execution(execution, "success", None, now)
-            self.cause = execution
-            self._complete(context, execution.index, now)
-            if context._place == IDLE:
-                self._schedule(context, now)
+        more = context._more
+        if result is context and (more is None or more.plain) and context._outcome is None and execution.grant is None:
+            self._finish_own(execution, context, now)
         else:
             self._finish_with(execution, result, now)
         if self._work or self._touched or self._grants or self.debug:
             self._settle_all(now)
+
+    def _finish_own(self, execution: Execution, context: Context, now: float) -> None:
+        """The common case written out, since it is most of what the engine does: `_end_execution` and `_complete` in one.
+
+        Through the two it takes 0.4 us more of about 1.5 (tests/benchmarks).
+        """
+        plan, index = self.plan, execution.index
+        bit = plan.bit[index]
+        execution.ended = now
+        execution.outcome = "success"
+        context._running ^= bit
+        executions = context._executions
+        assert executions is not None
+        executions.remove(execution)
+        self.active -= 1
+        self.task_executions[index] += 1
+        self.task_seconds[index] += now - execution.started
+        if self.recording:
+            self._keep_record(execution)
+            self.cause = execution
+        if self.facts.execution_finished is not None:
+            self.facts.execution_finished(execution, "success", None, now)
+        done = context._done = context._done | bit
+        follow = plan.follow[index]
+        if follow > 0 and follow != plan.sink and not context._parked and not self.recording:
+            context._ready |= plan.bit[follow] & ~(done | context._running)
+        else:
+            self.cause = execution
+            self._complete(context, index, now)
+        if context._place == IDLE:
+            self._schedule(context, now)
 
     def finish_routed(self, execution: Execution, chosen: int, now: float) -> None:
         """A router chose the downstream tasks in the mask `chosen`; what is only below the others is skipped (T9)."""
@@ -195,7 +231,8 @@ class RunState(Sources):
         elif lent:
             self._restate(context, now)
         elif context in self._freezes:
-            more_of(context).kept_at = index
+            more = more_of(context)
+            more.kept_at, more.plain = index, False
         elif handed:
             self._stop_branches(context, now)
             self._end(context, "merged", now)
@@ -302,6 +339,7 @@ class RunState(Sources):
     def _wait_inside(self, execution: Execution, kind: str, now: float) -> None:
         if execution.context._outcome is None:
             more = more_of(execution.context)
+            more.plain = False
             setattr(more, kind, getattr(more, kind) | self.plan.bit[execution.index])
             self._restate(execution.context, now)
 

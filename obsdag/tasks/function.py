@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -56,7 +57,7 @@ class FunctionTask(Task):
     def __init__(
         self, func: Callable[..., Any], config: TaskConfig | None = None, name: str = "", **options: Any
     ) -> None:
-        super().__init__(func, config, name, **options)
+        super().__init__(func, config, name or _name_of(func), **options)
         if func is None:
             raise TypeError(f"task {name!r}: a {type(self).__name__} needs a function")
         self.signature: Signature = read_signature(func, self.given)
@@ -80,6 +81,13 @@ class FunctionTask(Task):
         if isinstance(self.func, MethodType) and self.func.__self__ is self:
             mine.func = self.func.__func__.__get__(mine)
         return mine
+
+
+def _name_of(func: Any) -> str:
+    """The function's name within any partials; empty if it has none."""
+    while isinstance(func, partial):
+        func = func.func
+    return str(getattr(func, "__name__", ""))
 
 
 class AsyncTask(FunctionTask):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from obsdag.errors import ConfigError
 from obsdag.tasks.base import Shape, Task, TaskConfig
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ class SubDAG(Task):
 
     Added to a DAG (`add_task`, or `dag.include`, which makes one), copies of the other's tasks appear there as
     `name/task`. As a dependency it means all its exit tasks. `members`, `entries` and `exits` are ids in the DAG that
-    it was added to: all its tasks, those without and those with nothing after them. `config` must be left alone: the
-    members have their own.
+    it was added to: all its tasks, those without and those with nothing after them. It takes no
+    config: the members have their own.
     """
 
     kind = "subdag"
@@ -27,6 +28,8 @@ class SubDAG(Task):
     def __init__(self, dag: DAG, config: TaskConfig | None = None, name: str = "") -> None:
         if not hasattr(dag, "find_problems"):  # the class itself is on a floor above
             raise TypeError(f"only a DAG can be included, not {dag!r}")
+        if config not in (None, TaskConfig()):
+            raise ConfigError(f"included DAG {name or dag.name!r}: a config is for a task, not for a whole DAG")
         super().__init__(None, config, name or dag.name)
         self.dag = dag
         self.members: tuple[str, ...] = ()
