@@ -1,7 +1,7 @@
 """obsdag: run data through a DAG of tasks on asyncio, and see of every item where it is, waits, or failed.
 
-The way of one context: `Executor.run` -> `RunState.accept` -> `ContextQueue.take` -> `Worker` -> `Runners` -> the task ->
-`RunState.finish` -> (queue | output | gone) -> `RunResult`.
+The way of one context: `Executor.run` -> `RunState.accept` -> `ContextQueue.take` -> `Worker` -> `Runners` -> the
+task's function -> `RunState.finish` -> (queue | output | gone) -> `RunResult`.
 
 The floors, from the ground up; a module imports from its own floor and those below it (tests/test_architecture.py reads
 them here):

@@ -39,6 +39,7 @@ FORBIDDEN: dict[str, set[str]] = {
 }
 """What a module must not import at all, not even for its types."""
 
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 LONGER_FILES: dict[str, int] = {}
@@ -93,7 +94,7 @@ def _imports(name: str) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{place}: relative import; write the full name"
             yield from (Import(place, module, for_types, late) for module in _sources(node))
-        late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        late = late or isinstance(node, FUNCTION | ast.Lambda)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             pending += [(child, True, late) for child in node.body]
             pending += [(child, for_types, late) for child in node.orelse]
@@ -205,14 +206,17 @@ def test_files_do_not_grow_beyond_their_bound() -> None:
 
 
 def test_functions_do_not_grow_beyond_their_bound() -> None:
-    lengths = {
-        f"{name}.{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
-        for name, tree in TREES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
+    lengths = {place: lines for name, tree in TREES.items() for place, lines in _functions(tree, name)}
 
     _ratchet(lengths, MAX_FUNCTION_LINES, LONGER_FUNCTIONS, "LONGER_FUNCTIONS")
+
+
+def _functions(node: ast.AST, place: str) -> Iterator[tuple[str, int]]:
+    for child in ast.iter_child_nodes(node):
+        name = f"{place}.{child.name}" if isinstance(child, ast.ClassDef | FUNCTION) else place
+        if isinstance(child, FUNCTION):
+            yield name, (child.end_lineno or child.lineno) - child.lineno + 1
+        yield from _functions(child, name)
 
 
 def _ratchet(lengths: dict[str, int], bound: int, longer: dict[str, int], table: str) -> None:
