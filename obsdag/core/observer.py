@@ -193,6 +193,12 @@ class Facts:
         if fact != "observer_failed" and self.observer_failed is not None:
             self.observer_failed(call.__self__, fact, error)
 
+    def replace(self, old: Observer, new: Observer) -> None:
+        """Tells `new` instead of `old` from now on; observers that were detached for raising get another chance."""
+        failures = self.failures
+        Facts.__init__(self, [new if observer is old else observer for observer in self._observers])
+        self.failures = failures
+
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Callable[..., None] | None: ...

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from obsdag.core.observer import Facts, Observer
+from obsdag.core.observer import Observer
 from obsdag.core.states import LANES, OUTCOMES, STATES
 from obsdag.telemetry import current
 from obsdag.telemetry.catalogue import EVENTS
@@ -164,6 +164,8 @@ class _Writer:
 class _Warnings(Observer):
     """Warnings and errors, and what a run has once: nothing here is told per execution or context that goes well."""
 
+    signal = "logs"  # whose loss it is when this observer is detached
+
     def __init__(self, writer: _Writer) -> None:
         self._writer = writer
         self._write = writer.write
@@ -272,7 +274,7 @@ class _Watched(_Warnings):
         self._tell_losses()
         wanted = self._writer.logs.wanted()
         if wanted is not type(self):
-            _replace(self._writer.run, self, wanted(self._writer))
+            self._writer.run.facts.replace(self, wanted(self._writer))
 
     def _tell_losses(self) -> None:
         logs = self._writer.logs
@@ -354,14 +356,6 @@ class _Everything(_Sampled):
 def _sort(keys: Mapping[str, Any]) -> str:
     """What tells lines without a task apart for the throttle: a key whose values are a closed set."""
     return str(keys.get("outcome") or keys.get("reason") or keys.get("pool") or keys.get("observer") or "")
-
-
-def _replace(run: RunState, old: Observer, new: Observer) -> None:
-    # Compiling anew gives observers that were detached for raising another chance; they are detached again if they
-    # still do.
-    facts = Facts([new if observer is old else observer for observer in run.facts._observers])
-    facts.failures = run.facts.failures
-    run.observe(facts)
 
 
 def _is_broken_off(run: RunState, outcome: str) -> bool:
