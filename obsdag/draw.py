@@ -180,12 +180,17 @@ def _printable(text: str) -> str:
 
 
 def _mermaid_text(text: str) -> str:
-    # the colon because Mermaid takes "style ...: ...#34;" for a line of its own, wherever it stands
-    return "".join(f"#{ord(sign)};" if sign in '"#&<>`\\;:' else sign for sign in _printable(text))
+    # all but the harmless: Mermaid looks for directives (%%), styles (:) and Markdown (*, 1.) within quotes too
+    harmless = " -_/,()"
+    return "".join(
+        sign if sign.isalnum() or sign in harmless or not sign.isascii() else f"#{ord(sign)};"
+        for sign in _printable(text)
+    )
 
 
 def _dot_text(text: str) -> str:
-    escaped = _printable(text).replace("\\", "\\\\").replace('"', '\\"')
+    # Graphviz shows "&lt;" as "<" in a label of plain text too
+    escaped = re.sub(r"&(?=#?\w+;)", "&amp;", _printable(text)).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 

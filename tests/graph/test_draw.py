@@ -169,6 +169,9 @@ ODD_IDS = [
     "`code`;#1",
     "]]></svg>",
     "--> t0",
+    "%%{init}%%",
+    "1. **bold**",
+    'style: "x"',
     "x\x00\x1b\ud800y",
 ]
 
@@ -180,13 +183,19 @@ def test_G6_ids_are_escaped(odd: str) -> None:
     dag.task(name="b", after=odd)(same)
     mermaid, dot = dag.to_mermaid().split("\n"), dag.to_dot().split("\n")
     assert len(mermaid) == 5
-    assert re.fullmatch(r'    t0\["[^"<>&`\\\x00-\x1f]*"\]', mermaid[1])
+    assert re.fullmatch(r'    t0\["(?:[^\W_]|[ _/,()-]|#\d+;|\ufffd)*"\]', mermaid[1])
     assert len(dot) == 7
     assert re.fullmatch(r'    t0 \[label="(?:[^"\\]|\\\\|\\")*", shape=box\];', dot[2])
     root = ElementTree.fromstring(dag.to_svg().encode())
     shown = re.sub(r"[\t\r\n]+", " ", re.sub("[\x00\x1b\ud800]", "\N{REPLACEMENT CHARACTER}", odd))
     assert [text.text for text in root.iter(f"{SVG}text")] == [shown, "sync", "b", "sync"]
     assert dag.to_dict()["nodes"][0]["id"] == odd
+
+
+def test_G6_dot_does_not_take_an_id_for_an_entity() -> None:
+    dag = DAG()
+    dag.task(name="a & b &lt; c &#38; d")(same)
+    assert '[label="a & b &amp;lt; c &amp;#38; d"' in dag.to_dot()
 
 
 def test_G6_mermaid_text_comes_back_out_of_its_codes() -> None:

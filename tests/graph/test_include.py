@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from obsdag.errors import GraphError
+from obsdag.errors import ConfigError, GraphError
 from obsdag.graph import DAG
-from obsdag.tasks import ForegroundSyncFunctionTask, SubDAG
+from obsdag.tasks import ForegroundSyncFunctionTask, SubDAG, TaskConfig
 
 
 def same(ctx: Any) -> Any:
@@ -168,6 +168,11 @@ def test_G3_G5_names_of_included_dags_are_unique() -> None:
     dag.include(make("x", {"a": []}))
     dag.include(make("x", {"b": []}))
     assert [problem.split(":")[0] for problem in problems(dag)] == ["task 'sub'", "task 'two/a'", "task 'x'"]
+
+
+def test_G5_a_config_is_for_a_task() -> None:
+    with pytest.raises(ConfigError, match="included DAG 'sub': a config is for a task, not for a whole DAG"):
+        SubDAG(make("sub", {"a": []}), TaskConfig(retry_times=1))
 
 
 def test_G5_including_something_else() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -111,6 +112,11 @@ def test_T15_on_child_failure_is_fail_or_skip() -> None:
     assert JoinTask(plain).on_child_failure == "fail"
     with pytest.raises(ConfigError, match="on_child_failure must be 'fail' or 'skip', not 'ignore'"):
         JoinTask(plain, on_child_failure="ignore")  # type: ignore[arg-type]
+
+
+def test_T5_a_partial_has_the_name_of_its_function() -> None:
+    assert SyncFunctionTask(functools.partial(functools.partial(plain), ctx=1)).id == "plain"
+    assert SyncFunctionTask(functools.partial(plain), name="x").id == "x"
 
 
 def test_T5_a_kind_needs_a_function() -> None:
