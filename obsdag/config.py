@@ -247,7 +247,7 @@ class ExecutorConfig:
         """
         base: Mapping[str, Any] = {}
         if isinstance(source, Mapping):
-            base = source
+            base = _read_table(source, "the table [executor]")
         elif source is not None:
             base = _read_toml(source, "executor")
         variables = _read_env(os.environ if environ is None else environ, ENV_PREFIX)
@@ -299,8 +299,12 @@ def _read_toml(path: str | os.PathLike[str], table: str) -> dict[str, Any]:
         found = found.get(part) if isinstance(found, dict) else None
     if not isinstance(found, dict):
         raise ConfigError(f"{place} has no table [{table}]")
-    _check_names(found, f"{place} [{table}]")
-    return {name: _from_text(f"{place} [{table}] {name}", name, value) for name, value in found.items()}
+    return _read_table(found, f"{place} [{table}]")
+
+
+def _read_table(table: Mapping[str, Any], place: str) -> dict[str, Any]:
+    _check_names(table, place)
+    return {name: _from_text(f"{place} {name}", name, value) for name, value in table.items()}
 
 
 def _read_env(environ: Mapping[str, str], prefix: str) -> dict[str, Any]:
@@ -317,13 +321,13 @@ def _read_env(environ: Mapping[str, str], prefix: str) -> dict[str, Any]:
 
 def _from_text(place: str, name: str, value: Any) -> Any:
     setting = _settings(ExecutorConfig)[name]
-    if setting.kind.startswith("object"):
-        raise ConfigError(f"{place}: {name} can only be set in the program")
     try:
         parsed = setting.parse(value) if isinstance(value, str) else value
     except ValueError:
         parsed = value
     if not setting.allows(parsed):
+        if setting.kind.startswith("object"):
+            raise ConfigError(f"{place}: {name} can only be set in the program")
         raise ConfigError(f"{place} must be {setting.allowed}, not {value!r}")
     return parsed
 

@@ -207,7 +207,10 @@ def test_later_sources_win(tmp_path: pathlib.Path) -> None:
 
     assert (config.context_worker_num, config.task_worker_num, config.max_pending) == (2, 3, 4)
     assert ExecutorConfig.load({"turn_s": 2.0}, environ={}, turn_s=1.0).turn_s == 1.0
+    assert ExecutorConfig.load({"deadline": "none", "telemetry": file}, environ={}).telemetry is file
     assert ExecutorConfig.load(environ={}) == ExecutorConfig()
+    with pytest.raises(ConfigError, match=r"the table \[executor\] debug must be True or False, not 'perhaps'"):
+        ExecutorConfig.load({"debug": "perhaps"}, environ={})
 
 
 def test_describe_gives_every_field_and_its_values_are_valid() -> None:

@@ -96,10 +96,11 @@ def test_commands_do_what_they_say(line: int, command: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("block", _of("toml"))
-def test_toml_blocks_are_settings(block: Block) -> None:
-    tables = tomllib.loads(block.text)
+def test_toml_blocks_are_settings(block: Block, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(block.text)
 
-    ExecutorConfig.from_mapping(tables.get("executor", {}))
+    ExecutorConfig.load(file, environ={})
 
 
 def test_blocks_are_of_kinds_that_are_checked() -> None:
