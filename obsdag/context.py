@@ -87,7 +87,27 @@ class TaskSet(Set[str]):
         return set(it)
 
 
-class Context(MutableMapping[str, Any]):
+if TYPE_CHECKING:
+    _Mapping = MutableMapping[str, Any]
+else:
+
+    class _Mapping:
+        """The mixin methods of MutableMapping without its metaclass: isinstance of an ABC costs 0.4 us, on every return."""
+
+        __slots__ = ()
+
+        keys = MutableMapping.keys
+        items = MutableMapping.items
+        values = MutableMapping.values
+        popitem = MutableMapping.popitem
+        update = MutableMapping.update
+
+        def clear(self) -> None:
+            """Removes every key; one dict operation."""
+            self._data.clear()
+
+
+class Context(_Mapping):
     """One unit of data (SEMANTICS C1): a mutable mapping, the same in async and sync tasks.
 
     runtime: the Runtime that counts it, or None. data: a mapping or pairs to start with. name: becomes its id when given.
@@ -384,6 +404,9 @@ class Context(MutableMapping[str, Any]):
             self._run.call(self._run.keep_trace, self)
 
 
+MutableMapping.register(Context)
+
+
 class LoopContext(Context):
     """Pulls the next item of a loop or map; a role, not counted as a context (C10)."""
 
@@ -426,9 +449,25 @@ class OutputContext(Context):
         if context is None:
             super().__init__(None, name=name)
         else:
-            super().__init__(None, name=context.name)
-            self._id = context._id if context.name else context.id
-            self._data = context._data
-            self._parent = context._parent
+            self._show(context)
         self.context = context
 
+    def _show(self, context: Context) -> None:
+        """Shows another context: the same data, tree and progress, without being in a run itself."""
+        self.runtime = context.runtime
+        self.name = context.name
+        self._id = context._id if type(context._id) is str else context.id
+        self._data = context._data
+        self._parent = context._parent
+        self._children = context._children
+        self._run = context._run
+        self._more = context._more
+        self._outcome = context._outcome
+        self._error = context._error
+        self._ledger = context._ledger
+        self._done = context._done
+        self._ready = 0
+        self._frozen = False
+        self._executions = None
+        self._lock = context._lock
+        self._token = None

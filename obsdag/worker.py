@@ -51,7 +51,7 @@ class Worker:
         shell = self.shell
         while (context := shell.next_context(self)) is not None:
             self.context, self.runners = context, 1
-            if isinstance(context, LoopContext):
+            if type(context) is LoopContext:
                 await shell.drive_pull(context, self)
             else:
                 await self._drive(context)
@@ -70,7 +70,7 @@ class Worker:
         shell = self.shell
         now = shell.clock()
         self.context = None
-        if not isinstance(context, LoopContext):
+        if type(context) is not LoopContext:
             shell.run.leave(context, self.number, now - self.since, now)
         if shell.run.dirty:
             shell.pump()
