@@ -88,9 +88,9 @@ def _default_registry() -> CollectorRegistry:
 
 
 def _version() -> str:
-    import obsdag
+    from obsdag import __version__
 
-    return obsdag.__version__
+    return __version__
 
 
 def _say(event: str, **keys: Any) -> None:
