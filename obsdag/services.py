@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from obsdag.runners import Runners
     from obsdag.tasks.base import Task
 
-__all__ = ["Answer", "ServiceRunner", "ThreadAnswer"]
+__all__ = ["Answer", "ServiceRunner", "ThreadAnswer", "ThreadInbox"]
+
+_CLOSED: Any = object()
 
 
 class Answer(asyncio.Future[Any]):
@@ -72,6 +74,18 @@ class ThreadAnswer:
             self._loop.call_soon_threadsafe(setter, value)
         except RuntimeError:
             return  # the loop is closed: nobody is left to be answered
+
+
+class ThreadInbox(queue.Queue[Any]):
+    """The queue of a thread service. When it is closed, `get` gives what is left and then ends the thread by SystemExit."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """The next `(context, future)`. Raises queue.Empty as usual, SystemExit when the service is to end."""
+        item = super().get(block, timeout)
+        if item is _CLOSED:
+            self.put(_CLOSED)
+            raise SystemExit("the service is stopped")
+        return item
 
 
 class ServiceRunner:
@@ -132,7 +146,7 @@ class ServiceRunner:
         env = (self.shell.env,) if getattr(getattr(self.task, "signature", None), "takes_env", False) else ()
         base = self.shell.base.copy()
         if self.threaded:
-            self.inbox = queue.SimpleQueue()
+            self.inbox = ThreadInbox()
             self.body = self.shell.loop.create_future()
             call = partial(base.run, self.task.func, self.inbox, *env)
             name = f"obsdag-service-{self.task.id}"
@@ -146,6 +160,8 @@ class ServiceRunner:
     def _thread_main(self, call: Callable[[], Any], body: asyncio.Future[Any]) -> None:
         try:
             call()
+        except SystemExit:
+            self._over(body, None)
         except BaseException as error:  # whatever ends the thread ends the service
             wrapped = ServiceError(f"service {self.task.id!r} raised {type(error).__name__}: {error}")
             wrapped.__cause__ = error
@@ -192,13 +208,17 @@ class ServiceRunner:
         answer = Answer(loop=self.shell.loop)
         stop = StopContext()
         self.inbox.put_nowait((stop, ThreadAnswer(self.shell.loop, answer) if self.threaded else answer))
-        await asyncio.wait([body, answer], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        if self.threaded:
+            self.inbox.put_nowait(_CLOSED)
+            await asyncio.wait([body], timeout=max(grace, 0.1))
+            while body.done() and self.thread is not None and self.thread.is_alive():
+                await asyncio.sleep(0)  # its last instructions
+        else:
+            await asyncio.wait([body, answer], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         answer.cancel()
         if not body.done() and isinstance(body, asyncio.Task):
             body.cancel()
             await asyncio.wait([body], timeout=max(grace, 0.1))
-        elif not body.done():
-            await asyncio.wait([body], timeout=0.05)
         self._leave(body)
 
     def _leave(self, body: asyncio.Future[Any]) -> None:

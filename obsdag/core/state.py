@@ -134,9 +134,9 @@ class RunState(Sources):
         if self.facts.execution_finished is not None:
             self.facts.execution_finished(execution, "success", None, now)
         done = context._done = context._done | bit
-        follow = plan.follow[index]
-        if follow > 0 and follow != plan.sink and not context._parked and not self.recording:
-            context._ready |= plan.bit[follow] & ~(done | context._running)
+        following = self.next_bit[index]
+        if following and not context._parked and not self.recording:
+            context._ready |= following & ~(done | context._running)
         else:
             self.cause = execution
             self._complete(context, index, now)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from obsdag.errors import TaskError
 from obsdag.tasks.base import Environment, Task, TaskConfig
-from obsdag.tasks.signature import CallKind, Signature, read_signature, returns_only_none
+from obsdag.tasks.signature import CallKind, Signature, generator_signature, read_signature, returns_only_none
 
 __all__ = [
     "AsyncFunctionShutdownTask",
@@ -24,6 +24,7 @@ __all__ = [
     "ForegroundSyncFunctionTask",
     "ForegroundTask",
     "FunctionTask",
+    "GeneratorTask",
     "ShutdownTask",
     "SyncFunctionShutdownTask",
     "SyncFunctionTask",
@@ -88,6 +89,19 @@ def _name_of(func: Any) -> str:
     while isinstance(func, partial):
         func = func.func
     return str(getattr(func, "__name__", ""))
+
+
+class GeneratorTask(FunctionTask):
+    """What streams and loops share: a generator function without parameters is sent its first context, too (seed).
+
+    takes_context: whether it is given it instead.
+    """
+
+    def __init__(
+        self, func: Callable[..., Any], config: TaskConfig | None = None, name: str = "", **options: Any
+    ) -> None:
+        super().__init__(func, config, name, **options)
+        self.signature, self.takes_context = generator_signature(func)
 
 
 class AsyncTask(FunctionTask):

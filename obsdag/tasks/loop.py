@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from obsdag.tasks.base import Shape
-from obsdag.tasks.function import AsyncTask, ForegroundTask, FunctionTask, SyncTask
+from obsdag.tasks.function import AsyncTask, ForegroundTask, GeneratorTask, SyncTask
 
 __all__ = ["AsyncLoopTask", "ForegroundSyncLoopTask", "LoopTask", "SyncLoopTask"]
 
 
-class LoopTask(FunctionTask):
+class LoopTask(GeneratorTask):
     """A generator that makes new contexts out of one; pulled, so never ahead of what the run can take in (E16)."""
 
     shape: ClassVar[Shape] = "loop"

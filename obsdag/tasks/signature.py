@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any, Literal
 
-__all__ = ["CallKind", "Signature", "call_kind", "read_signature", "returns_only_none"]
+__all__ = ["CallKind", "Signature", "call_kind", "generator_signature", "read_signature", "returns_only_none"]
 
 CallKind = Literal["function", "coroutine", "generator", "asyncgen"]
 
@@ -85,6 +85,20 @@ def read_signature(func: Callable[..., Any], given: tuple[str, ...] = ("the cont
         needs_resource=resource is not None and resource.default is _Parameter.empty,
         problems=tuple(problems),
     )
+
+
+def generator_signature(func: Callable[..., Any]) -> tuple[Signature, bool]:
+    """The Signature of a stream's or loop's generator function, and whether it is given its first context.
+
+    Without a parameter (seed), or with the environment only, it is sent that context too, after its first `yield`.
+    """
+    try:
+        names = [p.name for p in _parameters(func) if p.kind in _POSITIONAL and p.name != "resource"]
+    except (TypeError, ValueError):
+        return read_signature(func), True
+    if not names or (len(names) == 1 and names[0] in _ENVIRONMENT_NAMES):
+        return read_signature(func, ()), False
+    return read_signature(func), True
 
 
 def returns_only_none(func: Callable[..., Any]) -> bool:

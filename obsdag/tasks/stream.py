@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 from obsdag.tasks.base import Shape
-from obsdag.tasks.function import AsyncTask, ForegroundTask, FunctionTask, SyncTask
+from obsdag.tasks.function import AsyncTask, ForegroundTask, GeneratorTask, SyncTask
 
 __all__ = ["AsyncStreamTask", "ForegroundSyncStreamTask", "StreamTask", "SyncStreamTask"]
 
 
-class StreamTask(FunctionTask):
-    """A generator that is given the first context, is sent the following ones, and yields what goes on for each.
+class StreamTask(GeneratorTask):
+    """A generator that is sent context after context and yields what goes on for each, one execution at a time.
 
-    One execution at a time. `context = yield result` is the usual line.
+    `context = yield result` is the usual line.
     """
 
     shape: ClassVar[Shape] = "stream"
