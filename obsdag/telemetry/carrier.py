@@ -1,0 +1,186 @@
+"""Trace context in and out: W3C `traceparent`, `tracestate` and `baggage` (SEMANTICS S4, T12).
+
+capture_caller(...) -> Caller      put into `Context._trace` by whoever submits a context, before it enters
+inject(execution) -> carrier       what goes to a process or machine with an execution
+remote_span(carrier)               there: the trace goes on while the function runs
+absorb(execution, payload)         here: what the far side noted, taken back with the result
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
+from opentelemetry.context import Context as OtelContext
+from opentelemetry.context import attach, detach, get_current
+from opentelemetry.propagators.composite import CompositePropagator
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    TraceState,
+    get_current_span,
+    get_tracer_provider,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from obsdag.errors import ConfigError
+from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, SPAN_KEY, ExecutionSpan, new_span_id
+
+if TYPE_CHECKING:
+    from obsdag.core.records import Execution
+
+__all__ = ["Caller", "RemoteSpan", "absorb", "capture_caller", "inject", "remote_span"]
+
+_W3C: Final = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
+_NO_STATE: Final = TraceState()
+FLUSH_S: Final = 0.5
+"""How long a worker process may take to flush the spans of its own provider before the result goes back."""
+
+
+class Caller:
+    """Who submitted a context: span context (None if there is none), how it relates, and the caller's baggage.
+
+    mode: "child" (the context's span is a child of the caller's) or "link" (a trace of its own, linked to it). Raises
+    ConfigError.
+    """
+
+    __slots__ = ("base", "mode", "span_context")
+
+    def __init__(self, span_context: SpanContext | None, mode: str = "child", base: OtelContext | None = None) -> None:
+        if mode not in ("child", "link"):
+            raise ConfigError(f"trace must be 'child' or 'link', not {mode!r}")
+        self.span_context = span_context if span_context is not None and span_context.is_valid else None
+        self.mode = mode
+        self.base = base
+
+    @property
+    def parent(self) -> SpanContext | None:
+        """The parent of the context's span, None if it is a root."""
+        return self.span_context if self.mode == "child" else None
+
+    def trace_state_of(self, trace_id: int) -> TraceState:
+        """The caller's trace state in the caller's trace; an empty one in others."""
+        parent = self.parent
+        return parent.trace_state if parent is not None and parent.trace_id == trace_id else _NO_STATE
+
+
+def capture_caller(carrier: Mapping[str, Any] | None = None, mode: str = "child") -> Caller | None:
+    """The caller of a submission: from a W3C carrier (headers), else the current span; None if neither has anything.
+
+    mode: "child" or "link". A carrier's names may be in any case; what cannot be parsed is ignored, as W3C asks.
+    Raises ConfigError for another mode.
+    """
+    if carrier is not None:
+        headers = {str(key).lower(): value for key, value in carrier.items()}
+        context = _W3C.extract(headers, OtelContext())
+    else:
+        context = get_current()
+    span_context = get_current_span(context).get_span_context()
+    base = without_span(context)
+    caller = Caller(span_context, mode, base or None)
+    return caller if caller.span_context is not None or base else None
+
+
+def without_span(context: OtelContext) -> OtelContext:
+    """The same context without its span: baggage and whatever else is in it (SEMANTICS E17)."""
+    if SPAN_KEY not in context:
+        return context
+    return OtelContext({key: value for key, value in context.items() if key != SPAN_KEY})
+
+
+def inject(execution: Execution | None) -> dict[str, str]:
+    """The carrier that goes with an execution to another process: `traceparent`, `tracestate`, `baggage`.
+
+    The far side's parent is a `dispatch {task}` span that starts now and ends with the execution. Without deferred
+    tracing the current span is carried. Nothing to carry: an empty dict.
+    """
+    carrier: dict[str, str] = {}
+    context = get_current()
+    span = execution.span if execution is not None else None
+    if type(span) is ExecutionSpan:
+        own = span.get_span_context()
+        dispatched = SpanContext(own.trace_id, new_span_id(), False, SAMPLED, own.trace_state)
+        span.detail().dispatch = (dispatched.span_id, span.trace.root.tracer.now())
+        context = set_span_in_context(NonRecordingSpan(dispatched), context)
+    _W3C.inject(carrier, context)
+    return carrier
+
+
+class RemoteSpan(NonRecordingSpan):
+    """The current span in a worker process; what is set on it travels back with the result, onto the `execute` span."""
+
+    def __init__(self, context: SpanContext) -> None:
+        super().__init__(context)
+        self._attributes: dict[str, Any] = {}
+        self._events: list[tuple[str, dict[str, Any], int]] = []
+
+    def is_recording(self) -> bool:
+        """True: what is set here reaches the trace."""
+        return True
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        """Sets an attribute of the `execute` span."""
+        self.set_attributes({key: value})
+
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Sets attributes of the `execute` span, at most 128."""
+        for key, value in attributes.items():
+            if _is_plain(value) and (key in self._attributes or len(self._attributes) < MAX_DETAILS):
+                self._attributes[key] = value
+
+    def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
+        """Adds an event to the `execute` span, at most 128."""
+        if len(self._events) < MAX_DETAILS:
+            kept = {key: value for key, value in (attributes or {}).items() if _is_plain(value)}
+            self._events.append((name, kept, timestamp if timestamp is not None else time.time_ns()))
+
+    def record_exception(
+        self, exception: BaseException, attributes: Any = None, timestamp: int | None = None, escaped: bool = False
+    ) -> None:
+        """Adds an `exception` event: the type only, since the text is redacted on the engine's side."""
+        self.add_event("exception", {"exception.type": type(exception).__qualname__, **(attributes or {})}, timestamp)
+
+    def payload(self) -> dict[str, Any] | None:
+        """What travels back, of plain values; None if there is nothing."""
+        if not self._attributes and not self._events:
+            return None
+        return {"attributes": self._attributes, "events": self._events}
+
+
+@contextmanager
+def remote_span(carrier: Mapping[str, str]) -> Iterator[RemoteSpan | None]:
+    """In the other process: makes the carried trace current, and flushes the process's own provider at the end.
+
+    Spans of a forked or forkserver child are lost unless flushed before the result returns.
+    """
+    context = _W3C.extract(carrier, OtelContext())
+    span_context = get_current_span(context).get_span_context()
+    span = RemoteSpan(span_context) if span_context.is_valid else None
+    token = attach(context if span is None else set_span_in_context(span, context))
+    try:
+        yield span
+    finally:
+        detach(token)
+        flush = getattr(get_tracer_provider(), "force_flush", None)
+        if flush is not None:
+            flush(int(FLUSH_S * 1000))
+
+
+def absorb(execution: Execution, payload: Mapping[str, Any] | None) -> None:
+    """Takes back what the far side noted (`RemoteSpan.payload`), onto the `execute` span of a running execution."""
+    span = execution.span
+    if payload is None or type(span) is not ExecutionSpan:
+        return
+    span.set_attributes(payload.get("attributes") or {})
+    for name, attributes, at in payload.get("events") or ():
+        span.add_event(name, attributes, at)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, str | bool | int | float) for item in value)
+    return isinstance(value, str | bool | int | float)

@@ -1,0 +1,354 @@
+"""Deferred tracing: ids up front, records per root, spans only of what turns out to be wanted (TELEMETRY section 3).
+
+The observer of one run, told on its thread. It says which trace a context and an execution belong to, makes the
+execution the current span, and leaves records; `keeping` decides about them.
+
+Which trace: a root has its own, a child that of its root. One pull of a loop has one that the item it gives adopts, so
+that the trace of an endless input does not grow for ever. What is made after its parent's trace is over has its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.context import Context as OtelContext
+from opentelemetry.context import attach, detach, get_current
+from opentelemetry.trace import get_current_span
+
+from obsdag.core.states import State
+from obsdag.telemetry.carrier import Caller, without_span
+from obsdag.telemetry.keeping import Keeper
+from obsdag.telemetry.materialize import MAX_LINKS, build_run_span, error_text
+from obsdag.telemetry.records import (
+    SPAN_KEY,
+    ContextTrace,
+    ExecutionSpan,
+    Part,
+    RootTrace,
+    new_span_id,
+    new_trace_id,
+)
+
+if TYPE_CHECKING:
+    from obsdag.context import Context
+    from obsdag.core.records import Execution, Failure, Stall
+    from obsdag.core.state import RunState
+    from obsdag.tasks.base import Task
+
+__all__ = ["DeferredTracer"]
+
+WAIT_SPAN_S: Final = 0.1
+"""A stay in a waiting state becomes a span from this length on."""
+_RUNNING: Final = State.RUNNING.value
+
+
+class DeferredTracer(Keeper):
+    """Traces one run; see the module. Made by `Tracing.observers`."""
+
+    needs_records = True
+
+    # --- runs
+
+    def run_started(self, run: RunState, now: float) -> None:
+        """The caller's span is the parent of the `run` span; its baggage is seen by every task."""
+        context = get_current()
+        caller = get_current_span(context).get_span_context()
+        self._base = without_span(context)
+        if caller.is_valid:
+            self.run_parent = caller
+            self.run_trace_id = caller.trace_id
+        self._started = now
+        self._pipeline.opened(self)
+
+    def run_finished(self, run: RunState, outcome: str, duration_s: float, now: float) -> None:
+        """Exports the `run` span if anything leads to it; what is pending is decided."""
+        for key in list(self._pulls):
+            self._end_pull(key, now)
+        followed = self._follow and self.run_parent is not None and self.run_parent.trace_flags.sampled
+        if self._kept_any or followed or outcome != "ok" or self.is_sampled(self.run_trace_id):
+            span = build_run_span(self, outcome, self._started, now)
+            self._pipeline.submit(lambda: self._pipeline.emit(span))
+        room, self.room = self.room, 0
+        self._pipeline.give_places(room)
+        self._pipeline.closed(self)
+
+    # --- contexts
+
+    def context_entered(self, context: Context, kind: str, maker: Execution | None, now: float) -> None:
+        """A root gets a trace, a child belongs to its root's, an item of a loop to its pull's."""
+        made_by = maker.span if maker is not None else None
+        if made_by is not None and self._pulls and self._adopt(context, made_by):
+            return
+        parent = context._parent
+        if parent is not None:
+            above = parent._trace
+            if type(above) is ContextTrace and above.root.open > 0:
+                root = made_by.trace.root if made_by is not None and made_by.trace.root.open > 0 else above.root
+                context._trace = ContextTrace(root, context._id, made_by, False)
+                root.open += 1
+                return
+        root = RootTrace(self, context._id, now, self._most)
+        given = context._trace
+        context._trace = ContextTrace(root, context._id, None, True)
+        self.room -= 1
+        if self.room < 0:
+            self._refill()
+        if given is not None or made_by is not None or parent is not None:
+            self._note_entry(root, given, made_by, parent)
+
+    def _note_entry(self, root: RootTrace, given: Any, made_by: ExecutionSpan | None, parent: Context | None) -> None:
+        more = root.rare()
+        if parent is not None:
+            more.parent_id = parent.id
+        if made_by is not None:
+            more.links.append(("maker", made_by.trace_id, made_by.id))
+            above = made_by.trace.root.more
+            more.base = above.base if above is not None else None
+        if type(given) is Caller:
+            more.caller, more.base = given, given.base
+            if given.parent is not None:
+                root.trace_id = given.parent.trace_id
+            sampled = given.span_context is not None and given.span_context.trace_flags.sampled
+            if self._follow and sampled:
+                self._keep(root, "parent")
+
+    def context_finished(self, context: Context, outcome: str, now: float) -> None:
+        """The last context of a tree to end brings the decision."""
+        trace = context._trace
+        root: RootTrace = trace.root
+        trace.last = None
+        if self._pulls and id(trace) in self._pulls:
+            self._end_pull(id(trace), now)
+        if root.more is not None:
+            root.more.joins.pop(id(trace), None)
+        if context._executions:
+            self._note_tail(context._executions)
+        root.open -= 1
+        if trace.top:
+            plain = self._is_plain(root, outcome, now)
+            if plain and root.open == 0 and root.decision is None:
+                self._drop(root)
+                return
+            self._note_end(root, context, outcome, now, plain)
+        if root.open == 0:
+            self._decide(root, now)
+
+    def _note_end(self, root: RootTrace, context: Context, outcome: str, now: float, plain: bool) -> None:
+        more = root.rare()
+        more.outcome, more.ended, more.ledger = outcome, now, context.ledger
+        if root.kept or not plain:
+            steps = self.run.critical_path(context)
+            more.critical = frozenset((step.context_id, step.task, step.started) for step in steps if step.critical)
+
+    def _note_tail(self, executions: list[Execution]) -> None:
+        """Executions that still run on an ended context keep its trace open."""
+        for execution in executions:
+            span = execution.span
+            if type(span) is ExecutionSpan and span.token is not None:
+                root = span.trace.root
+                if span not in root.rare().tail:
+                    root.rare().tail.add(span)
+                    root.open += 1
+                    root.hot = True
+
+    # --- reasons to keep
+
+    def context_failed(self, context: Context, failure: Failure, execution: Execution | None, now: float) -> None:
+        """A failed context keeps its root's trace, within the budget for that task and error."""
+        text = error_text(failure.exception)
+        for root in self._roots_of(context, execution):
+            self._trouble(root, "error", failure.task, text.name)
+            if root is context._trace.root and (context._trace.top or root.rare().error is None):
+                root.rare().error = (text.name, text.message)
+
+    def retry_scheduled(self, execution: Execution, error: BaseException, delay_s: float, now: float) -> None:
+        """A retried execution keeps its root's trace."""
+        for root in self._roots_of(execution.context, execution):
+            self._trouble(root, "retried", execution.task.id, type(error).__name__)
+
+    def context_stalled(self, context: Context, stall: Stall, now: float) -> None:
+        """A stalled context keeps its root's trace."""
+        root = context._trace.root
+        if context._trace.top or root.rare().stall is None:
+            root.rare().stall = (stall.task, tuple(stall.missing))
+        self._trouble(root, "stalled", stall.task, "stalled")
+
+    def context_kept(self, context: Context, now: float) -> None:
+        """Somebody asked: no budget applies."""
+        trace = context._trace
+        if type(trace) is ContextTrace and trace.root.open > 0:
+            self._keep(trace.root, "asked")
+
+    def _roots_of(self, context: Context, execution: Execution | None) -> set[RootTrace]:
+        """The trace of the context, and that of the pull where the execution is one."""
+        roots = {context._trace.root}
+        if execution is not None and type(execution.span) is ExecutionSpan:
+            roots.add(execution.span.trace.root)
+        return roots
+
+    def _trouble(self, root: RootTrace, reason: str, task: str, error_type: str) -> None:
+        if not self._keep(root, reason, (task, error_type)) and root.records:
+            last = root.records[-1]  # its exception holds frames, and what they hold: text is enough for a ratio
+            if last[0] is not None and isinstance(last[9], BaseException):
+                root.records[-1] = (*last[:9], error_text(last[9]))
+
+    # --- executions: the hot path
+
+    def execution_started(self, execution: Execution, now: float) -> None:
+        """Makes the execution the current span."""
+        trace = execution.context._trace
+        root = trace.root
+        root.left -= 1
+        if root.left < 0 or (self._special and self._special >> execution.index & 1):
+            trace = self._start_special(execution, trace, now)
+            root = trace.root
+        span = execution.span
+        if span is None:
+            span = execution.span = ExecutionSpan(trace, root.trace_id)
+        if self._base or root.more is not None:
+            span.token = attach(self._context_with(span, root))
+        else:
+            span.token = attach(OtelContext({SPAN_KEY: span}))
+
+    def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
+        """Leaves a record."""
+        span = execution.span
+        detach(span.token)
+        span.token = None
+        trace = span.trace
+        trace.last = span
+        root = trace.root
+        root.records.append(
+            (
+                span,
+                execution.index,
+                execution.attempt,
+                execution.started,
+                execution.ended,
+                execution.worker,
+                execution.lane,
+                execution.waits,
+                outcome,
+                error,
+            )
+        )
+        self.room -= 1
+        if self.room < 0 or root.hot or self._slow_tasks is not None:
+            self._after(execution, span, root, now)
+
+    def _context_with(self, span: ExecutionSpan, root: RootTrace) -> OtelContext:
+        """The span in the run's baggage, or in that of whoever submitted the root."""
+        base = root.more.base if root.more is not None and root.more.base is not None else self._base
+        return OtelContext({**base, SPAN_KEY: span})
+
+    def _after(self, execution: Execution, span: ExecutionSpan, root: RootTrace, now: float) -> None:
+        """What is more than a record: a full buffer, a kept trace, an end that was waited for, a slow task."""
+        if self.room < 0 and not self._refill(reserve=execution.outcome not in ("success", None)):
+            self._lose_last(root)
+        if self._slow_tasks is not None:
+            limit_s = self._slow_tasks[execution.index]
+            if limit_s is not None and execution.ended - execution.started > limit_s:
+                self._keep(root, "slow", (execution.task.id, "slow"))
+        more = root.more
+        if more is not None and span in more.tail:
+            more.tail.discard(span)
+            span.trace.last = None
+            root.open -= 1
+            if root.open == 0 and more.pull != "open":
+                self._decide(root, now)
+                return
+        if root.kept:
+            self._pipeline.kept(root)
+
+    # --- waits, joins, loops, long traces
+
+    def state_left(self, context: Context, state: int, stayed_s: float, now: float) -> None:
+        """A long stay in a waiting state becomes a span."""
+        if stayed_s < WAIT_SPAN_S or state == _RUNNING:
+            return
+        trace = context._trace
+        root = trace.root
+        self.room -= 1
+        root.records.append((None, trace, state, now - stayed_s, now))
+        if self.room < 0 and not self._refill():
+            self._lose_last(root)
+        elif root.kept:
+            self._pipeline.kept(root)
+
+    def join_waiting(self, context: Context, task: Task, now: float) -> None:
+        """The child's latest execution is one that the join will link to."""
+        more = context._more
+        parent = more.lend.parent if more is not None and more.lend is not None else context._parent
+        span = context._trace.last
+        if parent is None or span is None or type(parent._trace) is not ContextTrace:
+            return
+        joins = parent._trace.root.rare().joins.setdefault(id(parent._trace), {})
+        spans, count = joins.setdefault(self.plan.index[task.id], ([], [0]))
+        count[0] += 1
+        if len(spans) < MAX_LINKS:
+            spans.append(span)
+
+    def _start_special(self, execution: Execution, trace: ContextTrace, now: float) -> ContextTrace:
+        """A long trace goes on in a new one; a loop's pull is a trace of its own; a join gets its links."""
+        root, bit = trace.root, self.plan.bit[execution.index]
+        if root.left < 0:
+            self._continue(root, now)
+        if bit & self.plan.loops:
+            trace = self._start_pull(execution, trace, now)
+            root = trace.root
+        if bit & self.plan.joins and root.more is not None:
+            arrived = root.more.joins.get(id(trace), {}).get(execution.index)
+            if arrived is not None:
+                span = execution.span = ExecutionSpan(trace, root.trace_id)
+                details = span.detail()
+                details.upstream, details.upstream_count = list(arrived[0]), arrived[1][0]
+        return trace
+
+    def _continue(self, root: RootTrace, now: float) -> None:
+        more = root.rare()
+        if more.parts is None:
+            more.parts = [Part(root.trace_id, root.span_id, root.entered)]
+        root.trace_id, root.span_id, root.left = new_trace_id(), new_span_id(), self._most - 1
+        more.parts.append(Part(root.trace_id, root.span_id, now))
+
+    def _start_pull(self, execution: Execution, trace: ContextTrace, now: float) -> ContextTrace:
+        """A trace for one pull; the item that it gives adopts it."""
+        before = self._pulls.get(id(trace))
+        number = 1 if before is None else before.rare().iteration + 1
+        self._end_pull(id(trace), now)
+        trace.root.left += 1
+        root = RootTrace(self, trace.raw_id, now, self._most - 1)
+        root.hot = True
+        self.room -= 1
+        more = root.rare()
+        more.pull, more.iteration = "open", number
+        more.base = trace.root.more.base if trace.root.more is not None else None
+        more.links.append(("input", trace.root.trace_id, trace.root.span_id))
+        self._pulls[id(trace)] = root
+        pull = ContextTrace(root, trace.raw_id, None, False)
+        span = execution.span = ExecutionSpan(pull, root.trace_id)
+        more.tail.add(span)
+        return pull
+
+    def _adopt(self, context: Context, made_by: ExecutionSpan) -> bool:
+        """The first item of a pull is what its trace is about; False for further ones, and for what no pull made."""
+        root = made_by.trace.root
+        more = root.more
+        if more is None or more.pull != "open":
+            return False
+        more.pull = "adopted"
+        more.links.append(("maker", made_by.trace_id, made_by.id))
+        if context._parent is not None:
+            more.parent_id = context._parent.id
+        root.raw_id = context._id
+        root.open += 1
+        context._trace = ContextTrace(root, context._id, None, True)
+        return True
+
+    def _end_pull(self, key: int, now: float) -> None:
+        """The next pull has begun, or the loop is over: a pull that gave nothing is decided on its own."""
+        root = self._pulls.pop(key, None)
+        if root is not None and root.rare().pull == "open":
+            root.rare().pull = "ended"
+            if root.open == 0:
+                self._decide(root, now)

@@ -1,0 +1,408 @@
+"""From records to spans: `ReadableSpan`s of kept traces, built off the event loop's thread (TELEMETRY section 3).
+
+Built directly: going through `start_span` costs ten times as much and would ask the sampler again. Every name and
+attribute key here is public API.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.attributes import BoundedAttributes
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
+
+from obsdag.core.states import LANES, STATES
+from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, ContextTrace, Details, ExecutionSpan, Part, RootTrace
+
+if TYPE_CHECKING:
+    from obsdag.telemetry.deferred import DeferredTracer
+
+__all__ = [
+    "MAX_LINKS",
+    "ErrorText",
+    "build_marker",
+    "build_run_span",
+    "build_spans",
+    "context_id",
+    "error_text",
+    "stack_text",
+]
+
+MAX_LINKS: Final = 64
+"""The SDK keeps the newest 128 only; 64 tell the story, and the true number is an attribute."""
+MAX_LATEST: Final = 4_096
+"""Executions of one root that later ones may link to: enough for any DAG, bounded for endless fan-outs."""
+_UNSET: Final = Status(StatusCode.UNSET)
+
+
+class ErrorText:
+    """What is left of an exception where its trace may not be kept: type and text, without frames."""
+
+    __slots__ = ("message", "name", "stack")
+
+    def __init__(self, name: str, message: str, stack: str = "") -> None:
+        self.name = name
+        self.message = message
+        self.stack = stack
+
+
+def error_text(error: BaseException) -> ErrorText:
+    """Type and text of an exception whose `__str__` may itself be broken."""
+    try:
+        message = str(error)
+    except Exception as broken:
+        message = f"<{type(broken).__name__} while asking for its text>"
+    return ErrorText(type(error).__name__, message)
+
+
+def context_id(raw: str | int) -> str:
+    """`Context.id` of a context that may be gone, from its raw form."""
+    if isinstance(raw, str):
+        return raw
+    from obsdag import context
+
+    return f"{context._prefix}-{raw:x}"
+
+
+def build_spans(
+    tracer: DeferredTracer, root: RootTrace, records: list[tuple[Any, ...]], finished: bool
+) -> Iterator[ReadableSpan]:
+    """The spans of what was taken from `root`, in order of their ends; its `context` spans last, if `finished`."""
+    for record in records:
+        if record[0] is None:
+            yield _wait_span(tracer, root, record)
+        else:
+            yield from _execution_spans(tracer, root, record)
+    if finished:
+        yield from _context_spans(tracer, root)
+
+
+# --- executions
+
+
+def _execution_spans(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> Iterator[ReadableSpan]:
+    span, index, attempt, started, ended, worker, lane, waits, outcome, error = record
+    task = tracer.plan.tasks[index]
+    attributes = _base(tracer, span.trace)
+    attributes["obsdag.task"] = task.id
+    attributes["obsdag.attempt"] = attempt
+    attributes["obsdag.execution.outcome"] = outcome
+    attributes["obsdag.lane"] = LANES[lane]
+    attributes["obsdag.worker"] = worker
+    attributes["obsdag.executor"] = task.runs_on
+    for state, waited_s in enumerate(waits or ()):
+        if waited_s > 0.0:
+            attributes[f"obsdag.wait_s.{STATES[state]}"] = waited_s
+    more = root.more
+    if more is not None and (attributes["obsdag.context.id"], task.id, started) in more.critical:
+        attributes["obsdag.critical"] = True
+    if more is not None and more.iteration:
+        attributes["obsdag.loop.iteration"] = more.iteration
+    links = _links_of(tracer, root, record, attributes)
+    events, status = _error_of(tracer, outcome, error, tracer.unix_ns(ended), attributes)
+    details = span.details
+    if details is not None:
+        status = _user_part(details, attributes, events, links, status)
+        if details.dispatch is not None:
+            yield _dispatch_span(tracer, record, details.dispatch)
+    yield ReadableSpan(
+        name=f"execute {task.id}",
+        context=SpanContext(span.trace_id, span.id, False, SAMPLED, _state(root, span.trace_id)),
+        parent=_parent_of(root, span, links),
+        resource=tracer.resource,
+        attributes=attributes,
+        events=events,
+        links=links,
+        kind=SpanKind.INTERNAL,
+        status=status,
+        start_time=tracer.unix_ns(started),
+        end_time=tracer.unix_ns(ended),
+        instrumentation_scope=tracer.scope,
+    )
+
+
+def _base(tracer: DeferredTracer, trace: ContextTrace) -> dict[str, Any]:
+    return {
+        "obsdag.engine": tracer.engine,
+        "obsdag.dag": tracer.dag,
+        "obsdag.context.id": context_id(trace.raw_id),
+    }
+
+
+def _state(root: RootTrace, trace_id: int) -> Any:
+    caller = root.more.caller if root.more is not None else None
+    return caller.trace_state_of(trace_id) if caller is not None else None
+
+
+def _parent_of(root: RootTrace, span: ExecutionSpan, links: list[Link]) -> SpanContext | None:
+    """The execution that made the child, if it is in the same trace; else the `context` span of that trace."""
+    maker = span.trace.maker
+    if maker is not None and maker.trace_id == span.trace_id:
+        return SpanContext(maker.trace_id, maker.id, False, SAMPLED)
+    if maker is not None and len(links) < MAX_LINKS:
+        links.append(_link("maker", maker.trace_id, maker.id))
+    more = root.more
+    if more is not None and more.pull in ("open", "ended"):
+        return None  # a pull that gave nothing has no context: its execution is the whole trace
+    return SpanContext(span.trace_id, root.part_of(span.trace_id).span_id, False, SAMPLED)
+
+
+def _links_of(
+    tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...], attributes: dict[str, Any]
+) -> list[Link]:
+    """To the attempt before, and to the executions joined: several upstreams, or the children of a join."""
+    span, index, outcome = record[0], record[1], record[8]
+    latest = root.rare().latest
+    key = id(span.trace)
+    found: list[tuple[str, ExecutionSpan]] = []
+    before = latest.get((key, index))
+    if before is not None and before[1] != "success":
+        found.append(("retry", before[0]))
+    upstream = _upstream_of(tracer, latest, key, index)
+    count = len(upstream)
+    if span.details is not None and span.details.upstream_count:
+        count += span.details.upstream_count
+        upstream += span.details.upstream
+    found += [("upstream", each) for each in upstream]
+    if count:
+        attributes["obsdag.join.upstream_count"] = count
+    if len(latest) >= MAX_LATEST:
+        for old in list(latest)[: MAX_LATEST // 2]:
+            del latest[old]
+    latest[key, index] = (span, outcome)
+    more = root.more
+    links = [_link(kind, each.trace_id, each.id) for kind, each in found[:MAX_LINKS]]
+    if more is not None and more.pull in ("open", "ended"):
+        links += [_link(*link) for link in more.links]
+    return links
+
+
+def _upstream_of(tracer: DeferredTracer, latest: Mapping[Any, Any], key: int, index: int) -> list[ExecutionSpan]:
+    above = tracer.plan.up_list[index]
+    if len(above) < 2:
+        return []
+    return [latest[key, up][0] for up in above if (key, up) in latest]
+
+
+def _error_of(
+    tracer: DeferredTracer, outcome: str, error: Any, at_ns: int, attributes: dict[str, Any]
+) -> tuple[list[Event], Status]:
+    """A failed attempt is an ERROR with its exception; cancellations, interruptions and deferrals are not errors."""
+    if error is None or outcome not in ("error", "timeout"):
+        return [], _UNSET
+    if isinstance(error, BaseException):
+        text = error_text(error)
+        event = tracer.exception_attributes(error)
+    else:
+        text = error
+        event = {"exception.type": text.name, "exception.message": tracer.redacted(text.message)}
+    attributes["error.type"] = text.name
+    return [Event("exception", event, at_ns)], Status(StatusCode.ERROR, event["exception.message"] or text.name)
+
+
+def _user_part(
+    details: Details, attributes: dict[str, Any], events: list[Event], links: list[Link], status: Status
+) -> Status:
+    """What the task said about its own span; the engine's own keys win."""
+    for key, value in (BoundedAttributes(MAX_DETAILS, details.attributes, immutable=False) or {}).items():
+        attributes.setdefault(key, value)
+    events[:0] = [Event(name, BoundedAttributes(MAX_DETAILS, dict(given)), at) for name, given, at in details.events]
+    links += [Link(context, given) for context, given in details.links[: MAX_LINKS - len(links)]]
+    if details.dropped:
+        attributes["obsdag.dropped_details"] = details.dropped
+    if details.iteration:
+        attributes["obsdag.loop.iteration"] = details.iteration
+    return details.status if details.status is not None and status is _UNSET else status
+
+
+def _dispatch_span(tracer: DeferredTracer, record: tuple[Any, ...], dispatch: tuple[int, float]) -> ReadableSpan:
+    span, index, ended = record[0], record[1], record[4]
+    task = tracer.plan.tasks[index]
+    return ReadableSpan(
+        name=f"dispatch {task.id}",
+        context=SpanContext(span.trace_id, dispatch[0], False, SAMPLED, _state(span.trace.root, span.trace_id)),
+        parent=SpanContext(span.trace_id, span.id, False, SAMPLED),
+        resource=tracer.resource,
+        attributes={**_base(tracer, span.trace), "obsdag.task": task.id, "obsdag.executor": task.runs_on},
+        kind=SpanKind.PRODUCER,
+        start_time=tracer.unix_ns(dispatch[1]),
+        end_time=tracer.unix_ns(max(ended, dispatch[1])),
+        instrumentation_scope=tracer.scope,
+    )
+
+
+# --- waits and contexts
+
+
+def _wait_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> ReadableSpan:
+    _, trace, state, started, ended = record
+    part = _part_at(root, started)
+    return ReadableSpan(
+        name=f"wait {STATES[state]}",
+        context=SpanContext(part.trace_id, tracer.new_span_id(), False, SAMPLED, _state(root, part.trace_id)),
+        parent=SpanContext(part.trace_id, part.span_id, False, SAMPLED),
+        resource=tracer.resource,
+        attributes=_base(tracer, trace),
+        kind=SpanKind.INTERNAL,
+        start_time=tracer.unix_ns(max(started, part.started)),
+        end_time=tracer.unix_ns(ended),
+        instrumentation_scope=tracer.scope,
+    )
+
+
+def _part_at(root: RootTrace, at: float) -> Part:
+    parts = root.more.parts if root.more is not None else None
+    if parts is None:
+        return Part(root.trace_id, root.span_id, root.entered)
+    return next((part for part in reversed(parts) if part.started <= at), parts[0])
+
+
+def build_marker(
+    tracer: DeferredTracer, root: RootTrace, now: float, running: tuple[str, ...], state: str
+) -> ReadableSpan:
+    """`open {dag}`: a context that is still under way after `slow_after`, from its entry until now, and where it is.
+
+    A span can only be exported once it has ended, so a context that hangs in its first task would otherwise never be
+    seen.
+    """
+    part = _part_at(root, now)
+    attributes = _base(tracer, ContextTrace(root, root.raw_id, None, True))
+    attributes["obsdag.open.tasks"] = running
+    attributes["obsdag.open.state"] = state
+    return ReadableSpan(
+        name=f"open {tracer.dag}",
+        context=SpanContext(part.trace_id, tracer.new_span_id(), False, SAMPLED, _state(root, part.trace_id)),
+        parent=SpanContext(part.trace_id, part.span_id, False, SAMPLED),
+        resource=tracer.resource,
+        attributes=attributes,
+        kind=SpanKind.INTERNAL,
+        start_time=tracer.unix_ns(part.started),
+        end_time=tracer.unix_ns(now),
+        instrumentation_scope=tracer.scope,
+    )
+
+
+def _context_spans(tracer: DeferredTracer, root: RootTrace) -> Iterator[ReadableSpan]:
+    """One `context` span per part, linked both ways; none for a pull that no item came of."""
+    more = root.rare()
+    if more.pull in ("open", "ended"):
+        return
+    parts = more.parts or [Part(root.trace_id, root.span_id, root.entered)]
+    for number, part in enumerate(parts):
+        parent = more.caller.parent if more.caller is not None and number == 0 else None
+        links = _context_links(tracer, root, parts, number)
+        attributes = _context_attributes(tracer, root, number)
+        attributes["obsdag.links"] = len(links)
+        if len(links) <= MAX_LINKS:
+            del attributes["obsdag.links"]
+        yield ReadableSpan(
+            name=f"context {tracer.dag}",
+            context=SpanContext(part.trace_id, part.span_id, False, SAMPLED, _state(root, part.trace_id)),
+            parent=parent,
+            resource=tracer.resource,
+            attributes=attributes,
+            events=_outcome_event(tracer, root),
+            links=links[:MAX_LINKS],
+            kind=SpanKind.CONSUMER,
+            status=_context_status(tracer, root),
+            start_time=tracer.unix_ns(part.started),
+            end_time=tracer.unix_ns(more.closed),
+            instrumentation_scope=tracer.scope,
+        )
+
+
+def build_run_span(tracer: DeferredTracer, outcome: str, started: float, ended: float) -> ReadableSpan:
+    """The `run {dag}` span, a child of whoever called `Executor.run`."""
+    failed = outcome in ("failed", "deadlocked", "deadline")
+    attributes: dict[str, Any] = {
+        "obsdag.engine": tracer.engine,
+        "obsdag.dag": tracer.dag,
+        "obsdag.run.id": tracer.run.id,
+        "obsdag.run.kind": tracer.run.kind,
+        "obsdag.run.outcome": outcome,
+    }
+    if failed:
+        attributes["error.type"] = outcome
+    return ReadableSpan(
+        name=f"run {tracer.dag}",
+        context=SpanContext(tracer.run_trace_id, tracer.run_span_id, False, SAMPLED),
+        parent=tracer.run_parent,
+        resource=tracer.resource,
+        attributes=attributes,
+        kind=SpanKind.INTERNAL,
+        status=Status(StatusCode.ERROR, outcome) if failed else Status(StatusCode.UNSET),
+        start_time=tracer.unix_ns(started),
+        end_time=tracer.unix_ns(ended),
+        instrumentation_scope=tracer.scope,
+    )
+
+
+def _context_links(tracer: DeferredTracer, root: RootTrace, parts: list[Part], number: int) -> list[Link]:
+    more = root.rare()
+    links: list[Link] = []
+    if number == 0:
+        if more.caller is not None and more.caller.mode == "link" and more.caller.span_context is not None:
+            links.append(Link(more.caller.span_context, {"obsdag.link.type": "submitter"}))
+        links += [_link(*link) for link in more.links]
+    links.append(_link("run", tracer.run_trace_id, tracer.run_span_id))
+    links += [
+        _link("continuation", other.trace_id, other.span_id)
+        for other in (*parts[max(0, number - 1) : number], *parts[number + 1 : number + 2])
+    ]
+    return links
+
+
+def _context_attributes(tracer: DeferredTracer, root: RootTrace, number: int) -> dict[str, Any]:
+    more = root.rare()
+    attributes = _base(tracer, ContextTrace(root, root.raw_id, None, True))
+    attributes["obsdag.context.outcome"] = more.outcome
+    if more.parent_id:
+        attributes["obsdag.context.parent_id"] = more.parent_id
+    if more.iteration:
+        attributes["obsdag.loop.iteration"] = more.iteration
+    if more.error is not None and more.outcome == "failed":
+        attributes["error.type"] = more.error[0]
+    if more.stall is not None:
+        attributes["obsdag.stall.task"], attributes["obsdag.stall.missing"] = more.stall
+        if more.outcome == "stalled":
+            attributes["error.type"] = "stalled"
+    if more.dropped:
+        attributes["obsdag.dropped_spans"] = more.dropped
+    if number:
+        attributes["obsdag.continuation"] = number
+    else:
+        attributes.update({f"obsdag.ledger.{state}": spent for state, spent in more.ledger.items() if spent})
+    return attributes
+
+
+def _outcome_event(tracer: DeferredTracer, root: RootTrace) -> list[Event]:
+    """Where what it made outlived the context, its span covers that too, and the outcome is an event within."""
+    more = root.rare()
+    if more.closed <= more.ended:
+        return []
+    return [Event("outcome", {"obsdag.context.outcome": more.outcome}, tracer.unix_ns(more.ended))]
+
+
+def _context_status(tracer: DeferredTracer, root: RootTrace) -> Status:
+    more = root.rare()
+    if more.outcome == "failed" and more.error is not None:
+        return Status(StatusCode.ERROR, tracer.redacted(more.error[1]) or more.error[0])
+    if more.outcome == "stalled":
+        where = f"stalled at task {more.stall[0]!r}" if more.stall is not None else "stalled"
+        return Status(StatusCode.ERROR, where)
+    return _UNSET
+
+
+def _link(kind: str, trace_id: int, span_id: int) -> Link:
+    return Link(SpanContext(trace_id, span_id, False, SAMPLED), {"obsdag.link.type": kind})
+
+
+def stack_text(error: BaseException) -> str:
+    """The traceback as text, as the SDK writes it; empty where it cannot be rendered."""
+    try:
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception:  # a user's exception may break rendering
+        return ""

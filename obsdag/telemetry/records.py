@@ -1,0 +1,383 @@
+"""What tracing keeps while nobody knows whether it is wanted: a record per execution and root (TELEMETRY section 3).
+
+    Context._trace -> ContextTrace -> RootTrace     one ContextTrace per context, all of a root's tree share its
+    RootTrace Execution.span -> ExecutionSpan                 the current span while the function runs
+
+A record is a plain tuple, because there is one per execution and most are thrown away:
+    execution  (ExecutionSpan, index, attempt, started, ended, worker, lane, waits per state or None, outcome, error
+    or None) wait       (None, ContextTrace, state, started, ended)
+All times are on the run's clock. Who may change what: everything on the run's thread, except that tracing's thread
+takes records away (under the pipeline's lock) and that `ExecutionSpan.details` are written from whatever thread the
+task runs in (under `details_lock`).
+
+No object here refers to itself in a circle once its root has ended, so that nothing waits for the cycle collector.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.context import Context as OtelContext
+from opentelemetry.trace import (
+    DEFAULT_TRACE_OPTIONS,
+    INVALID_SPAN,
+    Span,
+    SpanContext,
+    Status,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+    set_span_in_context,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from obsdag.core.records import Execution
+    from obsdag.telemetry.carrier import Caller
+
+__all__ = [
+    "MAX_DETAILS",
+    "SAMPLED",
+    "SPAN_KEY",
+    "UNIT_BYTES",
+    "ContextTrace",
+    "Details",
+    "ExecutionSpan",
+    "Part",
+    "RootMore",
+    "RootTrace",
+    "details_lock",
+    "new_span_id",
+    "new_trace_id",
+    "trace_ids",
+]
+
+SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, OtelContext())))
+"""The key of the current span in an OpenTelemetry context: `set_span_in_context` per execution costs 0.1 us more."""
+
+SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
+MAX_DETAILS: Final = 128
+"""Attributes and events that users may set on one span: the SDK's own default."""
+UNIT_BYTES: Final = 512
+"""What a buffered span counts for in `max_buffered_bytes`: tuple, span and numbers were measured at about 400."""
+
+_NO_STATE: Final = TraceState()
+_random = random.Random(os.urandom(32))
+_bits = _random.getrandbits
+details_lock = threading.Lock()
+
+
+def _renew_ids() -> None:
+    _random.seed(os.urandom(32))  # a forked child must not give out its parent's ids
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - absent on Windows only
+    os.register_at_fork(after_in_child=_renew_ids)
+
+
+def new_trace_id() -> int:
+    """128 random bits, never 0, from a generator of our own: a user's `random.seed` changes nothing."""
+    return _bits(128) or 1
+
+
+def new_span_id() -> int:
+    """64 random bits, never 0."""
+    return _bits(64) or 1
+
+
+class Details:
+    """What a task said about its own span, and the rare parts of an execution's record.
+
+    attributes, events (name, attributes, Unix nanoseconds), links, status: of the user's calls. upstream: the spans
+    that a join was called with, at most 64, and upstream_count, their true number. dispatch: span id and start of a
+    hand-over to a process.
+    """
+
+    __slots__ = (
+        "attributes",
+        "dispatch",
+        "dropped",
+        "events",
+        "iteration",
+        "links",
+        "status",
+        "upstream",
+        "upstream_count",
+    )
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] = {}
+        self.events: list[tuple[str, Mapping[str, Any], int]] = []
+        self.links: list[tuple[SpanContext, Mapping[str, Any]]] = []
+        self.status: Status | None = None
+        self.upstream: list[ExecutionSpan] = []
+        self.upstream_count = 0
+        self.dispatch: tuple[int, float] | None = None
+        self.iteration = 0
+        self.dropped = 0
+
+
+class Part:
+    """A trace that a root's spans are in; further ones when `max_spans_per_trace` is reached (`continuation`)."""
+
+    __slots__ = ("span_id", "started", "trace_id")
+
+    def __init__(self, trace_id: int, span_id: int, started: float) -> None:
+        self.trace_id = trace_id
+        self.span_id = span_id
+        self.started = started
+
+
+class RootMore:
+    """The rare parts of a root's record, made when first needed.
+
+    caller: who submitted it. base: the OpenTelemetry context (baggage) its executions run in. links: (type, trace id,
+    span id) of its context span. parts: all its traces, in order, None while there is one. pull: for one pull of a
+    loop: "open" until it has given an item, "adopted" by that, or "ended" without one; "" for others. iteration:
+    which pull it is, from 1. outcome ... critical: how its context ended, noted only where it is exported. error:
+    exception type and text of what failed it. tail: executions that still run after their context ended. joins:
+    (ContextTrace of the parent, join) -> arrived spans, number. held: users' spans waiting for the decision;
+    user_spans: ids known to a holder -> whether it ended. over: a reason to keep it was over its budget. units:
+    buffer places beside its records. latest: tracing's thread's own memory.
+    """
+
+    __slots__ = (
+        *(
+            "base",
+            "caller",
+            "closed",
+            "critical",
+            "dropped",
+            "ended",
+            "error",
+            "finished",
+            "held",
+            "iteration",
+            "joins",
+        ),
+        *("latest", "ledger", "links", "marked", "outcome", "over", "parent_id", "parts", "pull", "scheduled", "stall"),
+        *("tail", "units", "user_spans"),
+    )
+
+    def __init__(self) -> None:
+        self.caller: Caller | None = None
+        self.base: OtelContext | None = None
+        self.links: list[tuple[str, int, int]] = []
+        self.parts: list[Part] | None = None
+        self.parent_id = ""
+        self.iteration = 0
+        self.pull = ""
+        self.outcome = ""
+        self.ended = self.closed = 0.0
+        self.ledger: dict[str, float] = {}
+        self.error: tuple[str, str] | None = None
+        self.stall: tuple[str, tuple[str, ...]] | None = None
+        self.critical: frozenset[tuple[str, str, float]] = frozenset()
+        self.tail: set[ExecutionSpan] = set()
+        self.joins: dict[int, dict[int, tuple[list[ExecutionSpan], list[int]]]] = {}
+        self.held: list[tuple[Callable[[Any], None], Any]] = []
+        self.user_spans: dict[int, tuple[dict[int, Any], bool]] = {}
+        self.over = self.finished = self.scheduled = self.marked = False
+        self.units = self.dropped = 0
+        self.latest: dict[tuple[int, int], tuple[ExecutionSpan, str]] = {}
+
+
+class RootTrace:
+    """One trace to be decided on: a root context and all that descends from it.
+
+    tracer: the run's observer. raw_id: `Context._id` of its context. trace_id, span_id: of the trace it writes to now
+    and of its `context` span. left: executions until `max_spans_per_trace`. open: living contexts, and executions
+    that outlive theirs. records: see the module. hot: an execution's end needs more than a record. decision: one of
+    TRACE_DECISIONS once taken.
+    """
+
+    __slots__ = (
+        "decision",
+        "entered",
+        "hot",
+        "left",
+        "more",
+        "open",
+        "raw_id",
+        "records",
+        "span_id",
+        "trace_id",
+        "tracer",
+    )
+
+    def __init__(self, tracer: Any, raw_id: str | int, entered: float, left: int) -> None:
+        self.tracer = tracer
+        self.raw_id = raw_id
+        self.entered = entered
+        self.left = left
+        self.trace_id = _bits(128) or 1
+        self.span_id = _bits(64) or 1
+        self.open = 1
+        self.records: list[tuple[Any, ...]] = []
+        self.hot = False
+        self.decision: str | None = None
+        self.more: RootMore | None = None
+
+    def rare(self) -> RootMore:
+        """Its rare parts, made now if it has none yet."""
+        if self.more is None:
+            self.more = RootMore()
+        return self.more
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is exported, as far as is known."""
+        return self.decision is not None and self.decision not in ("dropped", "over_budget")
+
+    def part_of(self, trace_id: int) -> Part:
+        """The part whose trace has that id; the first one for an unknown id."""
+        if self.more is not None and self.more.parts is not None:
+            return next((part for part in self.more.parts if part.trace_id == trace_id), self.more.parts[0])
+        return Part(self.trace_id, self.span_id, self.entered)
+
+
+class ContextTrace:
+    """What tracing knows of one context: its root's trace, the span that made it (None for a root).
+
+    last: its latest ended span, while it lives. top: this is the context that `context {dag}` is about.
+    """
+
+    __slots__ = ("last", "maker", "raw_id", "root", "top")
+
+    def __init__(self, root: RootTrace, raw_id: str | int, maker: ExecutionSpan | None, top: bool) -> None:
+        self.root = root
+        self.raw_id = raw_id
+        self.maker = maker
+        self.top = top
+        self.last: ExecutionSpan | None = None
+
+
+class ExecutionSpan(Span):
+    """The current span while a task runs: ids at once, everything else only if somebody asks or the trace is kept.
+
+    trace_id, id: its own. trace: of its context. token: what detaches it; None once it has ended, when calls change
+    nothing more.
+    """
+
+    __slots__ = ("details", "id", "token", "trace", "trace_id")
+
+    token: Any
+
+    def __init__(self, trace: ContextTrace, trace_id: int) -> None:
+        self.trace = trace
+        self.trace_id = trace_id
+        self.id = _bits(64) or 1
+        self.details: Details | None = None
+
+    def get_span_context(self) -> SpanContext:
+        """Trace id, span id, sampled: children are recorded, and held by `hold` until the decision."""
+        more = self.trace.root.more
+        state = _NO_STATE if more is None or more.caller is None else more.caller.trace_state_of(self.trace_id)
+        return SpanContext(self.trace_id, self.id, False, SAMPLED, state)
+
+    def is_recording(self) -> bool:
+        """Whether the execution still runs."""
+        return self.token is not None
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        """Sets an attribute of the `execute` span, exported if its trace is."""
+        self.set_attributes({key: value})
+
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Sets several attributes of the `execute` span."""
+        details = self._writable(_size_of(attributes))
+        if details is None:
+            return
+        with details_lock:
+            for key, value in attributes.items():
+                if key in details.attributes or len(details.attributes) < MAX_DETAILS:
+                    details.attributes[key] = value
+                else:
+                    details.dropped += 1
+
+    def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
+        """Adds an event to the `execute` span; timestamp in Unix nanoseconds, now on the run's clock by default."""
+        details = self._writable(len(name) + _size_of(attributes))
+        if details is None:
+            return
+        at = timestamp if timestamp is not None else self.trace.root.tracer.unix_ns_now()
+        with details_lock:
+            if len(details.events) < MAX_DETAILS:
+                details.events.append((name, dict(attributes or {}), at))
+            else:
+                details.dropped += 1
+
+    def add_link(self, context: SpanContext, attributes: Any = None) -> None:
+        """Adds a link to the `execute` span."""
+        details = self._writable(64 + _size_of(attributes))
+        if details is not None and context is not None and context.is_valid:
+            with details_lock:
+                if len(details.links) < MAX_DETAILS:
+                    details.links.append((context, dict(attributes or {})))
+
+    def record_exception(
+        self, exception: BaseException, attributes: Any = None, timestamp: int | None = None, escaped: bool = False
+    ) -> None:
+        """Adds an `exception` event; its text goes through the telemetry's `redact`."""
+        event = self.trace.root.tracer.exception_attributes(exception)
+        self.add_event("exception", {**event, "exception.escaped": str(escaped), **(attributes or {})}, timestamp)
+
+    def set_status(self, status: Any, description: str | None = None) -> None:
+        """An error status is kept for an execution that succeeds otherwise."""
+        details = self._writable(64)
+        if details is None:
+            return
+        if isinstance(status, StatusCode):
+            status = Status(status, description if status is StatusCode.ERROR else None)
+        if isinstance(status, Status) and status.status_code is StatusCode.ERROR:
+            details.status = status
+
+    def update_name(self, name: str) -> None:
+        """Nothing: span names are a closed set, so that they can be counted and searched."""
+
+    def end(self, end_time: int | None = None) -> None:
+        """Nothing: the execution ends when its task does."""
+
+    def detail(self) -> Details:
+        """Its details, made now if it has none yet."""
+        if self.details is None:
+            with details_lock:
+                if self.details is None:
+                    self.details = Details()
+        return self.details
+
+    def _writable(self, size_bytes: int) -> Details | None:
+        """The details, if the execution runs and the buffers have room for `size_bytes` more; the loss is counted."""
+        if self.token is None:
+            return None
+        if not self.trace.root.tracer.charge(self.trace.root, 1 + size_bytes // UNIT_BYTES):
+            return None
+        return self.detail()
+
+
+def _size_of(attributes: Any) -> int:
+    if not attributes:
+        return 0
+    size = 0
+    for key, value in attributes.items():
+        size += len(key) + (len(value) if isinstance(value, str | bytes | list | tuple) else 8)
+    return size
+
+
+def trace_ids(execution: Execution) -> tuple[str, str] | None:
+    """Trace id and span id of an execution as hex text, None without tracing; for log lines and links."""
+    span = execution.span
+    if span is None:
+        return None
+    if type(span) is ExecutionSpan:
+        return f"{span.trace_id:032x}", f"{span.id:016x}"
+    context = span.get_span_context()
+    return (f"{context.trace_id:032x}", f"{context.span_id:016x}") if context.is_valid else None
+
+
+assert DEFAULT_TRACE_OPTIONS == 0  # an absent flag means "not sampled" throughout
