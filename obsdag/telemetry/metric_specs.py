@@ -101,6 +101,7 @@ METRICS: Final = (
         (Label("kind", ENTRY_KINDS),),
         source="scrape",
         board="contexts",
+        bad="Stops while input is there: no room (`max_live_contexts`), or a blocked event loop.",
     ),
     MetricSpec(
         "obsdag_contexts_finished_total",
@@ -205,7 +206,13 @@ METRICS: Final = (
         board="tasks",
         bad="The task with the most is the one whose speed decides.",
     ),
-    MetricSpec("obsdag_retry_timers", "gauge", "Timers that are armed: retries, deadlines.", board="contexts"),
+    MetricSpec(
+        "obsdag_retry_timers",
+        "gauge",
+        "Timers that are armed: retries, deadlines.",
+        board="contexts",
+        bad="Only growing: attempts fail faster than delays pass; see retries by task.",
+    ),
     MetricSpec(
         "obsdag_limit_deferrals_total",
         "counter",
@@ -213,6 +220,7 @@ METRICS: Final = (
         (_LIMITER,),
         source="limit_deferred",
         board="contexts",
+        bad="Nearly one per execution: the limit is the bottleneck.",
     ),
     MetricSpec(
         "obsdag_limit_wait_seconds",
@@ -241,6 +249,7 @@ METRICS: Final = (
         "join_released",
         board="contexts",
         tasks="join",
+        bad="Long: one slow child holds the join; see the tasks above it.",
     ),
     MetricSpec(
         "obsdag_joins_pending",
@@ -259,6 +268,7 @@ METRICS: Final = (
         source="loop_item",
         board="contexts",
         tasks="pulled",
+        bad="Stops while its input is open: the source waits, or there is no room.",
     ),
     MetricSpec(
         "obsdag_bypassed_tasks_total",
@@ -266,6 +276,7 @@ METRICS: Final = (
         "Tasks that newly made contexts need not run, being neither above nor below their maker.",
         source="tasks_bypassed",
         board="contexts",
+        bad="Unexpected growth: a task makes new contexts where it should return its own.",
     ),
     MetricSpec(
         "obsdag_gc_destroyed_total",
@@ -291,9 +302,23 @@ METRICS: Final = (
         (Label("outcome", RUN_OUTCOMES),),
         source="run_finished",
         board="overview",
+        bad="`failed`, `deadlocked` or `deadline`: the line `run.finished` in the log has the numbers.",
     ),
-    MetricSpec("obsdag_runs_active", "gauge", "Runs that go on.", source="run_started, run_finished", board="overview"),
-    MetricSpec("obsdag_pool_workers", "gauge", "Threads or processes that live.", (_POOL,)),
+    MetricSpec(
+        "obsdag_runs_active",
+        "gauge",
+        "Runs that go on.",
+        source="run_started, run_finished",
+        board="overview",
+        bad="0 where a service should run; or growing: runs are opened and never ended.",
+    ),
+    MetricSpec(
+        "obsdag_pool_workers",
+        "gauge",
+        "Threads or processes that live.",
+        (_POOL,),
+        bad="At capacity all the time while executions are queued for the pool: raise its size.",
+    ),
     MetricSpec(
         "obsdag_pool_queued",
         "gauge",
@@ -325,7 +350,12 @@ METRICS: Final = (
         tasks="restarted",
         bad="Their state is lost each time; the log has the error.",
     ),
-    MetricSpec("obsdag_pending_contexts", "gauge", "Accepted submissions that wait for room."),
+    MetricSpec(
+        "obsdag_pending_contexts",
+        "gauge",
+        "Accepted submissions that wait for room.",
+        bad="Near the capacity for `pending`: the next submissions are rejected.",
+    ),
     MetricSpec(
         "obsdag_submit_seconds",
         "histogram",
@@ -333,6 +363,7 @@ METRICS: Final = (
         (_OUTCOME,),
         "seconds",
         "ticket_done",
+        bad="Much longer than the time of roots: submissions wait for room.",
     ),
     MetricSpec(
         "obsdag_submit_rejected_total",
@@ -347,13 +378,15 @@ METRICS: Final = (
         "counter",
         "Results that nobody fetched in time.",
         source="result_expired",
+        bad="Clients submit and do not come back for the result.",
     ),
     MetricSpec(
         "obsdag_phase",
         "gauge",
-        "1 for the phase that a serving executor is in.",
+        "Phase of serving executors: 1 for the one they are in.",
         (Label("phase", PHASES),),
         source="phase_changed",
+        bad="`draining` for longer than the grace period: something does not end.",
     ),
     MetricSpec(
         "obsdag_event_loop_lag_seconds",
@@ -380,6 +413,7 @@ METRICS: Final = (
         (Label("signal", ("traces",)),),
         source="SelfStats",
         scope="engine",
+        bad="Near the bound: many long-lived roots; beyond it spans are dropped and counted.",
     ),
     MetricSpec(
         "obsdag_telemetry_seconds_total",
@@ -398,6 +432,7 @@ METRICS: Final = (
         (_SCRAPE,),
         "seconds",
         scope="engine",
+        bad="A large part of the scrape interval: fewer DAGs or tasks per process, or low cardinality.",
     ),
     MetricSpec(
         "obsdag_collect_errors_total",

@@ -35,7 +35,8 @@ class Metrics:
     engine: the `engine` label. registry: a prometheus_client registry (None: the default one). buckets: upper bounds
     in seconds of all histograms (None: DEFAULT_BUCKETS). cardinality: "full", or "low" to leave the `task` label out.
     max_task_labels: tasks (and limiters) told apart per DAG, max_error_types: types of exceptions; the rest is
-    `_other`. stats: the self statistics to show (None: new ones). say: how a warning is logged, `say(event, **keys)`.
+    `_other`. stats: the self statistics to show (None: new ones). say: how a warning is logged, `say(event, **keys)`;
+    the registry holds on to it, so it must not belong to the `Telemetry`.
     Raises ConfigError for values out of range, if the engine reports to the registry with other options already, or if
     the registry has these metric names from elsewhere.
     """
