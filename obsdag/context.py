@@ -114,6 +114,19 @@ class Context(_Mapping):
     Two contexts are equal only if they are the same object, and a context is true even when it is empty.
     """
 
+    _done: int
+    _ready: int
+    _running: int
+    _parked: int
+    _holds: int
+    _state: int
+    _since: float
+    _entered: float
+    _lane: int
+    _ledger: list[float] | None
+    _records: list[Execution] | None  # a root's executions, where an observer needs them
+    _waits: list[float] | None  # seconds per state since the last start, where an observer needs them
+
     __slots__ = (
         "__weakref__",
         "_children",
@@ -165,24 +178,12 @@ class Context(_Mapping):
         self._outcome: str | None = None
         self._error: BaseException | None = None
         self._run: RunState | None = None
-        # From here on set by the run it enters.
-        self._done = 0
-        self._ready = 0
-        self._running = 0
-        self._parked = 0
-        self._holds = 0
-        self._state = -1
-        self._since = 0.0
-        self._place = 0
-        self._entered = 0.0
-        self._lane = 0
         self._executions: list[Execution] | None = None
-        self._ledger: list[float] | None = None
         self._maker: Execution | None = None
         self._more: More | None = None
-        self._records: list[Execution] | None = None  # a root's executions, where an observer needs them
-        self._waits: list[float] | None = None  # seconds per state since the last start, where an observer needs them
         self._trace: Any = None  # the tracing observer's own record of this context
+        self._place = 0
+        # The rest is set when it enters a run (`Lifecycle._enter`), once.
 
     # --- identity
 
@@ -465,8 +466,9 @@ class OutputContext(Context):
         self._outcome = context._outcome
         self._error = context._error
         self._ledger = context._ledger
+        self._state = context._state
+        self._since = context._since
         self._done = context._done
-        self._ready = 0
         self._frozen = False
         self._executions = None
         self._lock = context._lock

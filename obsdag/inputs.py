@@ -22,6 +22,8 @@ _ROLES = (LoopContext, OutputContext, RateLimitContext, StopContext)
 
 def as_context(item: Any) -> Context:
     """The item as a new context. Raises InputError for what is none, ContextError for one that was input before."""
+    if type(item) is dict:
+        return Context(None, item)
     if isinstance(item, Context):
         if isinstance(item, _ROLES):
             raise InputError(f"a {type(item).__name__} is no input; use its create(copy_data=True)")

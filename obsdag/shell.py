@@ -128,11 +128,11 @@ class RunShell:
         if self._over:
             return None
         worker.since = now = self.clock()
-        context = run.take(worker.number, now)
+        context = run.take(worker.number, now) if run.queue.size or run.queue.loop or run.rooms else None
         if context is None:
-            if not self._pull_input(now):
+            context = self._pull_input(worker.number, now)
+            if context is None:
                 return None
-            context = run.take(worker.number, now)
         if self.free and (run.queue.size or self.inputs is not None):
             self.wake_worker()
         return context
@@ -197,20 +197,23 @@ class RunShell:
 
     # --- inputs
 
-    def _pull_input(self, now: float) -> bool:
-        if self.inputs is None or not self.run.has_room:
-            if self.feeding is not None:
-                self.wanted.set()
-            return False
-        try:
-            item = next(self.inputs)
-        except StopIteration:
-            self.inputs = None
-            return False
-        except BaseException as error:
-            self.end_early("input", error)
-            return False
-        return self._accept(item, now)
+    def _pull_input(self, worker: int, now: float) -> Context | None:
+        """The next input, which its worker drives at once; None if there is none, or no room (E16)."""
+        while self.inputs is not None and self.run.has_room:
+            try:
+                context = as_context(next(self.inputs))
+                if self.run.accept_visited(context, worker, now):
+                    if self.run.dirty:
+                        self.pump()
+                    return context
+            except StopIteration:
+                self.inputs = None
+            except BaseException as error:
+                self.end_early("input", error)
+                return None
+        if self.feeding is not None:
+            self.wanted.set()
+        return None
 
     def _accept(self, item: Any, now: float) -> bool:
         try:

@@ -44,82 +44,77 @@ class Worker:
 
     def start(self) -> None:
         """Begins to work in an asyncio task of its own, in a fresh copy of the caller's contextvars."""
-        self.shell.spawn(self._work(), self.base.copy())
+        self.shell.spawn(self._work(None), self.base.copy())
 
-    async def _work(self) -> None:
-        """Visits one context after the other until there is nothing to do."""
-        shell = self.shell
-        while (context := shell.next_context(self)) is not None:
-            self.context, self.runners = context, 1
-            if type(context) is LoopContext:
-                await shell.drive_pull(context, self)
-            else:
-                await self._drive(context)
-            self.runners -= 1
-            if self.runners:
-                return  # another runner of this visit ends last and goes on as the worker
-            self._end_visit(context)
-            if contextvars.copy_context() != self.base:
-                self.start()  # a task left a context variable set: the next visit starts clean (E17)
-                return
-            if shell.clock() > shell.turn_end:
-                await shell.let_others_run()
-        shell.worker_idle(self)
+    async def _work(self, context: Context | None) -> None:
+        """Visits one context after the other until there is nothing to do.
 
-    def _end_visit(self, context: Context) -> None:
-        shell = self.shell
-        now = shell.clock()
-        self.context = None
-        if type(context) is not LoopContext:
-            shell.run.leave(context, self.number, now - self.since, now)
-        if shell.run.dirty:
-            shell.pump()
-
-    async def _branch(self, context: Context) -> None:
-        """A further runner of a visit; the one that ends last goes on as the worker."""
-        await self._drive(context)
-        self.runners -= 1
-        if not self.runners:
-            self._end_visit(context)
-            self.start()
-
-    async def _drive(self, context: Context) -> None:
-        """Executes ready tasks of one context, one after the other, until none is left for this runner."""
+        With a context: a further runner of the visit to it. Of the runners of a visit, the last one to end goes on as the
+        worker.
+        """
         shell, run, clock = self.shell, self.shell.run, self.shell.clock
         begin, direct, facts, number = run.begin, shell.direct, run.facts, self.number
         handle = asyncio.current_task()
         assert handle is not None
-        now = self.since if self.runners == 1 else clock()
-        while (execution := begin(context, now, number)) is not None:
-            execution.handle = handle
-            if context._ready and (not shell.width or self.runners < shell.width):
-                self.runners += 1
-                shell.spawn(self._branch(context), None)
-            call = direct[execution.index]
-            if call is None:
-                await shell.execute(execution)
-                now = clock()
-            else:
-                if facts.execution_started is not None:
-                    facts.execution_started(execution, now)
-                try:
-                    result = await call(context)
-                except BaseException as error:
-                    await shell.failed(execution, error)
+        now = clock()
+        while True:
+            if context is None:
+                context = shell.next_context(self)
+                if context is None:
+                    shell.worker_idle(self)
+                    return
+                self.context, self.runners = context, 1
+                now = self.since
+                if type(context) is LoopContext:
+                    await shell.drive_pull(context, self)
+                    now = clock()
+            while (execution := begin(context, now, number)) is not None:
+                execution.handle = handle
+                if context._ready and (not shell.width or self.runners < shell.width):
+                    self.runners += 1
+                    shell.spawn(self._work(context), None)
+                call = direct[execution.index]
+                if call is None:
+                    await shell.execute(execution)
                     now = clock()
                 else:
-                    now = clock()
-                    if result is context and not execution.cancelling:
-                        run.finish(execution, result, now)
-                        if run.dirty:
-                            shell.pump()
+                    if facts.execution_started is not None:
+                        facts.execution_started(execution, now)
+                    try:
+                        result = await call(context)
+                    except BaseException as error:
+                        await shell.failed(execution, error)
+                        now = clock()
                     else:
-                        shell.finish(execution, result)
-            if shell.free and run.queue.size:
-                shell.wake_worker()
-            if now > shell.turn_end and context._ready:
+                        now = clock()
+                        if result is context and not execution.cancelling:
+                            run.finish(execution, result, now)
+                            if run.dirty:
+                                shell.pump()
+                        else:
+                            shell.finish(execution, result)
+                if shell.free and run.queue.size:
+                    shell.wake_worker()
+                if now > shell.turn_end and context._ready:
+                    await shell.let_others_run()
+                    now = clock()
+            self.runners -= 1
+            if self.runners:
+                return  # another runner of this visit ends last and goes on as the worker
+            self._end_visit(context, now)
+            context = None
+            if contextvars.copy_context() != self.base:
+                self.start()  # a task left a context variable set: the next visit starts clean (E17)
+                return
+            if now > shell.turn_end:
                 await shell.let_others_run()
-                now = clock()
+
+    def _end_visit(self, context: Context, now: float) -> None:
+        self.context = None
+        if type(context) is not LoopContext:
+            self.shell.run.leave(context, self.number, now - self.since, now)
+        if self.shell.run.dirty:
+            self.shell.pump()
 
 
 class WorkerLocalProxy:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obsdag.context import OutputContext
-from obsdag.core.base import _DISCARDED, _KIND_INDEX, _OUTCOME_INDEX, _QUEUED, RunBase, more_of
-from obsdag.core.queue import CONTINUING, IDLE, NEW, QUEUED
+from obsdag.core.base import _DISCARDED, _KIND_INDEX, _OUTCOME_INDEX, _QUEUED, _RUNNING, RunBase, more_of
+from obsdag.core.queue import CONTINUING, IDLE, NEW, QUEUED, VISITED
 from obsdag.core.records import Failure, Lend, Stall
 from obsdag.core.states import STATES
 from obsdag.errors import ContextError, DeadlineExceeded
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from obsdag.core.records import Execution
 
 __all__ = ["Lifecycle"]
+
+
+_NO_TIME = [0.0] * len(STATES)
 
 
 class Lifecycle(RunBase):
@@ -34,11 +37,27 @@ class Lifecycle(RunBase):
 
         Raises ContextError if the context is in a run already or has ended.
         """
+        self._check_new(context)
+        self._enter(context, "input", self.plan.bit[self.plan.source], self.plan.down[self.plan.source], now)
+
+    def accept_visited(self, context: Context, worker: int, now: float) -> bool:
+        """`accept` and `take` in one, for a worker that pulls an input because the lanes are empty (E4).
+
+        False if the context was accepted and cannot be driven yet: it is frozen.
+        """
+        self._check_new(context)
+        context._place = VISITED
+        self._enter(context, "input", self.plan.bit[self.plan.source], self.plan.down[self.plan.source], now)
+        if context._place != VISITED:
+            return False
+        if self.facts.visit_started is not None:
+            self.facts.visit_started(context, worker, NEW, 0.0, now)
+        return True
+
+    def _check_new(self, context: Context) -> None:
         if context._run is not None or context._outcome is not None:
             where = "has ended" if context._outcome else "is in a run"
             raise ContextError(f"context {context.id!r} {where} and cannot be input again; use create() to make a new one")
-        plan = self.plan
-        self._enter(context, "input", plan.bit[plan.source], plan.down[plan.source], now)
 
     def _enter_made(self, context: Context, execution: Execution, now: float) -> None:
         """Takes in what a task newly made: it starts below its maker (E12)."""
@@ -75,25 +94,37 @@ class Lifecycle(RunBase):
         return ready
 
     def _enter(self, context: Context, kind: str, done: int, ready: int, now: float) -> None:
+        """The one way in. With `_place` VISITED its worker has it already, else it takes its place in the new lane."""
+        visited = context._place == VISITED and not context._frozen
         context._run = self  # type: ignore[assignment]
         if context._token is not None:
             context._token.release()
         context._done = done
+        context._ready = context._running = context._parked = context._holds = context._lane = 0
         context._entered = context._since = now
+        context._ledger = context._records = context._waits = None
+        context._state = state = _RUNNING if visited else _QUEUED
         self.contexts[context] = None
         self.living += 1
         self.entered[_KIND_INDEX[kind]] += 1
+        self.state_counts[state] += 1
         holder = self._holder_of(context) if context._parent is not None else None
-        if holder is None:
-            context._ledger = [0.0] * len(STATES)
+        if holder is not None:
+            holder._holds += 1
+        else:
+            context._ledger = _NO_TIME.copy()
             if self.config.context_deadline is not None:
                 self.set_deadline(context, now + self.config.context_deadline)
-        else:
-            holder._holds += 1
-        context._state = _QUEUED
-        self.state_counts[_QUEUED] += 1
         if self.facts.context_entered is not None:
             self.facts.context_entered(context, kind, context._maker, now)
+        if visited:
+            context._lane = NEW
+            self._offer(context, ready, now)
+        else:
+            self._enter_queue(context, ready, now)
+
+    def _enter_queue(self, context: Context, ready: int, now: float) -> None:
+        context._place = IDLE
         if context._frozen:
             context._holds += 1
             self._freezes[context] = None
@@ -148,7 +179,8 @@ class Lifecycle(RunBase):
 
     def _output(self, context: Context, now: float, output: OutputContext | None = None) -> None:
         """The context reached the sink, or its task gave out `output`: other branches are stopped (C10)."""
-        self._stop_branches(context, now)
+        if context._more is not None:
+            self._stop_branches(context, now)
         self._end(context, "output", now)
         self.emit(OutputContext(context) if output is None else output)
 
@@ -211,7 +243,7 @@ class Lifecycle(RunBase):
         context._ready = context._parked = 0
         if context._place == QUEUED:
             self.queue.forget(context)
-        if context in self._freezes:
+        if self._freezes and context in self._freezes:
             context._holds -= 1
             del self._freezes[context]
         if context._running:
@@ -221,18 +253,13 @@ class Lifecycle(RunBase):
             self._close_more(context, outcome, now)
         if self.recording and context._ledger is not None:
             context._maker = self.cause or context._maker
-        self._tell_end(context, outcome, now)
-        if context._parent is not None:
-            self._work.append(context)
-
-    def _tell_end(self, context: Context, outcome: str, now: float) -> None:
         if self.facts.context_finished is not None:
             self.facts.context_finished(context, outcome, now)
         if self.on_end is not None:
             self.on_end(context)
-        context._records = context._waits = None
-        if context._parent is not None or context._ledger is None or not self.recording:
-            context._maker = None
+        context._records = context._waits = context._maker = None
+        if context._parent is not None:
+            self._work.append(context)
 
     def _cancel_executions(self, context: Context) -> None:
         for execution in context._executions or ():

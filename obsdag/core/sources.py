@@ -47,6 +47,7 @@ class Sources(Progress):
         pull.execution = execution
         pull.marker = marker = LoopContext(None, name=f"loop:{execution.task.id}")
         marker.pull = pull
+        marker._ready = 0
         more = more_of(context)
         if more.pulls is None:
             more.pulls = {}
