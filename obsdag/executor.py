@@ -20,6 +20,7 @@ from obsdag.errors import ConfigError, DeadlineExceeded, RunFailed
 from obsdag.inputs import Inputs, open_inputs
 from obsdag.runtime import Runtime
 from obsdag.shell import RunShell
+from obsdag.telemetry import default_observers
 
 if TYPE_CHECKING:
     from obsdag.graph import DAG
@@ -149,8 +150,10 @@ class Executor:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return asyncio.run(self.run(input_context))
-        raise RuntimeError("run_sync cannot be used inside a running event loop: use `await executor.run(...)`")
+            pass  # the run is not begun in here: each of its exceptions would have this one as its context
+        else:
+            raise RuntimeError("run_sync cannot be used inside a running event loop: use `await executor.run(...)`")
+        return asyncio.run(self.run(input_context))
 
     @asynccontextmanager
     async def stream(self, inputs: Inputs) -> AsyncIterator[OutputStream]:
@@ -184,11 +187,12 @@ class Executor:
         shell.begin(facts)
 
     def _observers(self, shell: RunShell) -> list[Observer]:
+        """Telemetry's observers, or, without any, those that log warnings and errors; then the user's own."""
+        from obsdag.telemetry import default_observers
+
         telemetry = self.config.telemetry
-        found = list(self.config.observers)
-        if telemetry is not None:
-            found += telemetry.observers(shell.run, self._pools)
-        return found
+        found = default_observers(shell.run) if telemetry is None else telemetry.observers(shell.run, self._pools)
+        return [*found, *self.config.observers]
 
     def _arm_deadline(self, shell: RunShell) -> asyncio.TimerHandle | None:
         if self.config.deadline is None:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.core.observer import Observer
 from obsdag.core.states import LANES, OUTCOMES, STATES
-from obsdag.telemetry import current
 from obsdag.telemetry.catalogue import EVENTS
 from obsdag.telemetry.lines import Line, Redact, Throttle, brief, error_keys, is_heard, line_logger
 from obsdag.telemetry.selfstats import SelfStats
@@ -125,6 +124,7 @@ class _Writer:
             context, task, attempt = execution.context, execution.task.id, execution.attempt
         if event in _THROTTLED and not self._admit(event, task, keys):
             return False
+        keys = {key: round(value, 6) if type(value) is float else value for key, value in keys.items()}
         keys.update(error_keys(error, self.logs.redact, trace=level >= logging.ERROR))
         getattr(self._bound(), _METHODS[event])(event, **self._whose(context, execution, task, attempt), **keys)
         return True
@@ -169,7 +169,6 @@ class _Warnings(Observer):
     def __init__(self, writer: _Writer) -> None:
         self._writer = writer
         self._write = writer.write
-        self.wants_current_execution = current.is_wanted()
 
     # --- runs
 
