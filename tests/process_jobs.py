@@ -78,6 +78,13 @@ def foreign(context: Any) -> Any:
     return [context, 42, "x" * 1000]
 
 
+def make_by_class(context: Any) -> Any:
+    from obsdag.context import Context
+
+    new = Context(None, {"by": "class"}, "plain")
+    return [new.create_child(name="child of plain"), context]
+
+
 def limited(context: Any) -> Any:
     from obsdag.context import RateLimitContext
 
@@ -88,6 +95,12 @@ def output(context: Any) -> Any:
     from obsdag.context import OutputContext
 
     return OutputContext(context)
+
+
+def output_or_hang(context: Any) -> Any:
+    if context["hang"]:
+        threading.Event().wait()
+    return output(context)
 
 
 def detached(context: Any) -> Any:
@@ -165,6 +178,14 @@ def hang_with_child(context: Any) -> Any:
     child = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
     tell(context["fifo"], f"{os.getpid()} {child.pid}")
     threading.Event().wait()
+
+
+def exit_with_child(context: Any) -> Any:
+    child = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
+    tell(context["fifo"], str(child.pid))
+    with open(context["fifo"]) as file:
+        file.read()
+    os._exit(3)
 
 
 def leave_with_channel_held_open(context: Any) -> Any:

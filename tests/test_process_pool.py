@@ -19,11 +19,16 @@ from typing import Any
 
 import pytest
 
-from obsdag.context import Context, OutputContext, RateLimitContext
-from obsdag.errors import ConfigError, EncodingError, PoolError, RemoteError
+from obsdag.config import ExecutorConfig
+from obsdag.context import Context, RateLimitContext
+from obsdag.errors import ConfigError, EncodingError, ExecutionTimeout, PoolError, RemoteError
+from obsdag.executor import Executor
+from obsdag.graph import DAG
 from obsdag.pools import PoolJob, ProcessPool
+from obsdag.tasks.base import TaskConfig
 from obsdag.tasks.process import (
     Foreign,
+    Output,
     OwnContext,
     ProcessOutcome,
     ProcessTask,
@@ -190,6 +195,16 @@ async def test_a_death_is_noticed_though_another_process_holds_the_channel_open(
     async with open_pool() as pool:
         with pytest.raises(PoolError, match="ended with exit code 3"):
             await run(pool, jobs.leave_with_channel_held_open)
+
+
+async def test_E9_a_process_that_dies_takes_along_what_it_started(fifo: str) -> None:
+    async with open_pool() as pool:
+        job = submit(pool, jobs.exit_with_child, fifo=fifo)
+        with watched(int(await hear(fifo))) as child_died:
+            jobs.tell(fifo, "go on")
+            with pytest.raises(PoolError, match="exit code 3"):
+                await job.future
+            assert child_died()
 
 
 async def test_without_pidfd_the_end_of_the_channel_tells_of_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,6 +539,17 @@ async def test_T11_contexts_made_there_are_made_here() -> None:
     assert dict(root) == {"big": "data", "more": 1}
 
 
+async def test_T11_contexts_made_by_their_class_are_made_here_too() -> None:
+    context = Context(None, {})
+    async with open_pool() as pool:
+        returned = apply_outcome(await run(pool, jobs.make_by_class), context)
+    assert returned is not None
+    child, own = returned
+    assert own is context
+    assert (child.id, child.parent.id, dict(child.parent)) == ("child of plain", "plain", {"by": "class"})
+    assert child.parent.parent is None
+
+
 async def test_T1_none_a_list_markers_and_anything_else_are_told_apart() -> None:
     context = Context(None, {})
     async with open_pool() as pool:
@@ -536,9 +562,7 @@ async def test_T1_none_a_list_markers_and_anything_else_are_told_apart() -> None
         (limit,) = apply_outcome(await run(pool, jobs.limited), context) or ()
         assert isinstance(limit, RateLimitContext)
         assert (limit.context, limit.delay) == (context, 1.5)
-        (output,) = apply_outcome(await run(pool, jobs.output), context) or ()
-        assert isinstance(output, OutputContext)
-        assert output.context is context
+        assert (await run(pool, jobs.output)).returned == [Output(OwnContext())]
 
 
 async def test_T11_tree_lock_freeze_and_destroy_raise_there() -> None:
@@ -629,6 +653,19 @@ async def test_T11_functions_are_found_by_name_under_a_decorator_and_as_partials
         assert (await run(pool, jobs._decorated)).changed == {"decorated": True}
         assert list(ProcessTask(functools.partial(jobs.double), name="p").problems()) == []
         assert (await run(pool, functools.partial(jobs.double), n=3)).changed["n"] == 6
+
+
+async def test_T11_in_a_run_outputs_failures_and_timeouts_are_where_they_belong() -> None:
+    dag = DAG("processes")
+    dag.add_task(ProcessTask(jobs.double))
+    dag.add_task(ProcessTask(jobs.kill_if_told), "double")
+    dag.add_task(ProcessTask(jobs.output_or_hang, TaskConfig(timeout=0.5)), "kill_if_told")
+    config = ExecutorConfig(process_pool_worker_num=2, context_worker_num=3)
+    inputs = [{"n": n, "die": n == 3, "hang": n == 5} for n in range(8)]
+    result = await Executor(dag, config=config).run(inputs)
+    assert sorted(output["n"] for output in result) == [0, 2, 4, 8, 12, 14]
+    failures = {failure.context["n"] // 2: type(failure.exception) for failure in result.failures}
+    assert failures == {3: PoolError, 5: ExecutionTimeout}
 
 
 # --- process tasks: what is refused at build

@@ -6,15 +6,15 @@ The other half is process.py, in the engine's own process. Kept light, as a work
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import logging
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, NoReturn
 
+from obsdag.context import Context, OutputContext, RateLimitContext
 from obsdag.errors import ContextError
 from obsdag.pools import _worker
 from obsdag.pools.carry import Packer, Unpacker, dumps, loads, main_name, pack_error, str_of
@@ -28,83 +28,60 @@ extra_sources: list[Callable[[], Iterable[bytes]]] = []
 # --- the context in the worker process
 
 
-class DetachedContext(MutableMapping[str, Any]):
-    """What a process task's function gets (T11): data, `id`, `name` and `attempt` of a context that lives in another
-    process.
+_SLOTS = [slot for slot in Context.__slots__ if slot != "__weakref__"]
 
-    A mutable mapping as Context is. Changed and deleted keys are applied there when the function has succeeded,
-    in-place changes of lists, dicts and the like included. `create` and `create_child` make further detached
-    contexts, which become real when they are returned. The tree, the lock, freeze, thaw and destroy raise ContextError.
+
+class DetachedContext(Context):
+    """What a process task's function gets (T11): data, id, name and attempt of a context that lives in another process.
+
+    A Context in everything that concerns data. Changed and deleted keys are applied to the real one when the function
+    has succeeded, in-place changes of lists, dicts and the like included. `create` and `create_child` make further
+    detached contexts, which become real when they are returned. The tree, the progress, the lock, freeze, thaw and
+    destroy raise ContextError.
     """
 
-    def __init__(self, id: str, name: str, attempt: int, data: dict[str, Any], parent: DetachedContext | None) -> None:
-        self.id = id
-        self.name = name
-        self.attempt = attempt
-        self._id = id
-        self._data = data
-        self._parent = None  # as it stands on a root: OutputContext takes it over
-        self._made_by = self if parent is None else parent
-        self._job: DetachedContext = self if parent is None else parent._job
-        self._made: list[DetachedContext] = []  # on the job's own context: all, in order
-        self._is_child = False
+    __slots__ = ("_attempt", "_made")
+
+    def __init__(
+        self,
+        id: str,
+        name: str,
+        attempt: int,
+        data: Mapping[str, Any] | Iterable[tuple[str, Any]],
+        made: list[DetachedContext] | None = None,
+    ) -> None:
+        super().__init__(None, data, name)
+        for slot in _SLOTS:
+            if not hasattr(self, slot):
+                setattr(self, slot, None)  # a run would set it; OutputContext(context) reads it
+        if id:
+            self._id = id
+        self._attempt = attempt
+        self._made: list[DetachedContext] = [] if made is None else made  # of one job: all in order, but its own
 
     def __repr__(self) -> str:
         return f"<DetachedContext {self.id!r}>"
 
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __getitem__(self, key: str) -> Any:
-        return self._data[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._data[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._data[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._data))
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A shallow copy of the data."""
-        return dict(self._data)
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt, from 1."""
+        return self._attempt
 
     def create(self, copy_data: bool = False, deep_copy: bool = False, name: str = "") -> DetachedContext:
         """A new root, with a shallow or deep copy of this context's data if asked for (C3)."""
-        data = copy.deepcopy(self._data) if deep_copy else dict(self._data) if copy_data else {}
-        return self._make(name, data, is_child=False)
+        return self._make(name, self._copied(copy_data, deep_copy))
 
-    def create_child(self, num: int | None = 0, name: str | list[str] | None = None) -> Any:
-        """One new child (num=0), or a list of `num`, without data (C3). Raises ContextError as Context.create_child
-        does.
-        """
-        count = num or 0
-        if count < 0:
-            raise ContextError(f"context {self.id!r}: create_child(num={num}) must be >= 0")
-        names = name if isinstance(name, list) else [name or ""] * (count or 1)
-        if len(names) != (count or 1):
-            raise ContextError(f"context {self.id!r}: {len(names)} names for {count or 1} children")
-        children = [self._make(child_name, {}, is_child=True) for child_name in names]
-        return children if count else children[0]
+    def _child(self, name: str = "", data: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> DetachedContext:
+        child = self._make(name, data)
+        child._parent = self
+        return child
 
-    def _make(self, name: str, data: dict[str, Any], is_child: bool) -> DetachedContext:
-        made = self._job._made
-        new = DetachedContext(name or f"{self._job.id}/new-{len(made) + 1}", name, 1, data, self)
-        new._is_child = is_child
-        made.append(new)
+    def _make(self, name: str, data: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> DetachedContext:
+        new = DetachedContext("", name, 1, data, self._made)
+        self._made.append(new)
         return new
 
-    def _detached(self, what: str) -> NoReturn:
+    def _refuse(self, what: str) -> NoReturn:
         raise ContextError(
             f"context {self.id!r} is detached: it is a copy in a worker process, so `{what}` cannot be used; "
             "do that in a task that runs in the engine's own process"
@@ -112,24 +89,28 @@ class DetachedContext(MutableMapping[str, Any]):
 
     def freeze(self) -> NoReturn:
         """Raises ContextError."""
-        self._detached("freeze")
+        self._refuse("freeze")
 
     def thaw(self) -> NoReturn:
         """Raises ContextError."""
-        self._detached("thaw")
+        self._refuse("thaw")
 
     def destroy(self) -> NoReturn:
         """Raises ContextError."""
-        self._detached("destroy")
+        self._refuse("destroy")
+
+    def keep_trace(self) -> NoReturn:
+        """Raises ContextError."""
+        self._refuse("keep_trace")
 
 
 _ELSEWHERE = (
-    "available_tasks children completed_tasks depth destroyed error_info frozen ledger lock outcome parent root runtime"
+    "available_tasks children completed_tasks depth destroyed error_info frozen ledger lock outcome parent root"
 )
 
 
 def _raise_detached(name: str) -> property:
-    return property(lambda self: self._detached(name), doc="Raises ContextError.")
+    return property(lambda self: self._refuse(name), doc="Raises ContextError.")
 
 
 for _name in _ELSEWHERE.split():
@@ -147,7 +128,7 @@ def run_job(payload: bytes) -> bytes:
         where = f"task {task_id!r}, context {context_id!r}"
         data = unpacker.take_data(count, where, "to")
         function = _find(reference)
-        context = DetachedContext(context_id, name, attempt, data, None)
+        context = DetachedContext(context_id, name, attempt, data)
         before = {key: (value, _fingerprint(value)) for key, value in data.items()}
         with _trace_context(carrier):
             returned = function(context)
@@ -156,7 +137,6 @@ def run_job(payload: bytes) -> bytes:
         return dumps(("error", tuple(pack_error(error)), _extras()))
 
 
-_SEVERAL = (list, tuple, set, frozenset)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -200,12 +180,14 @@ def _encode_success(
     after = context._data
     changed = [(key, after[key]) for key in after if key not in before or _is_changed(*before[key], after[key])]
     deleted = [key for key in before if key not in after]
-    items = [] if returned is None else list(returned) if isinstance(returned, _SEVERAL) else [returned]
+    several = isinstance(returned, list | tuple | set | frozenset)
+    items = [] if returned is None else list(returned) if several else [returned]
     made = _wanted(context, items)
-    number = {id(new): index for index, new in enumerate(made)}
-    heads = [(number.get(id(new._made_by)), new._is_child, new.name, len(new._data)) for new in made]
+    number: dict[Any, int | None] = {new: index for index, new in enumerate(made)}
+    heads = [(number.get(new._parent), new._parent is not None, new.name, len(new._data)) for new in made]
+    number[context] = None
+    references = None if returned is None else [_reference(item, number) for item in items]
     packer = Packer()
-    references = None if returned is None else [_reference(item, context, number) for item in items]
     packer.put(("ok", where, deleted, len(changed), heads, references, _extras()))
     packer.put_data(changed, where, "back from")
     for new in made:
@@ -213,36 +195,37 @@ def _encode_success(
     return packer.bytes()
 
 
-def _wanted(own: DetachedContext, items: list[Any]) -> list[DetachedContext]:
-    """Contexts of this job that are returned, and those that they hang on, in order of creation."""
-    wanted: set[int] = set()
+def _wanted(own: DetachedContext, items: list[Any]) -> list[Context]:
+    """New contexts that are returned, and those that they are descendants of, in order of creation."""
+    wanted: dict[Context, None] = {}
     for item in items:
+        line: list[Context] = []
         context = _inner(item)
-        while isinstance(context, DetachedContext) and context is not own and context._job is own:
-            if id(context) in wanted:
-                break
-            wanted.add(id(context))
-            context = context._made_by
-    return [new for new in own._made if id(new) in wanted]
+        while context is not None and context is not own and context not in wanted:
+            line.append(context)
+            context = context._parent
+        wanted.update(dict.fromkeys(reversed(line)))
+    place = {made: index for index, made in enumerate(own._made)}
+    # Contexts made otherwise, by Context(...), come last; their ancestors are before them already.
+    return sorted(wanted, key=lambda new: place.get(new, len(place)))  # type: ignore[call-overload]
 
 
-def _inner(item: Any) -> Any:
-    return item if isinstance(item, DetachedContext) else getattr(item, "context", None)
+def _inner(item: Any) -> Context | None:
+    """The context that a returned item stands for; None if it is none."""
+    context = item.context if isinstance(item, RateLimitContext | OutputContext) else item
+    if isinstance(context, DetachedContext):
+        return context
+    return context if type(context) is Context else None
 
 
-def _reference(item: Any, own: DetachedContext, number: dict[int, int]) -> tuple[Any, ...]:
+def _reference(item: Any, number: dict[Any, int | None]) -> tuple[Any, ...]:
     context = _inner(item)
-    if isinstance(context, DetachedContext) and context._job is own:
-        index = None if context is own else number[id(context)]
-        kind = type(item).__name__
-        if item is context:
-            return ("context", index)
-        if kind == "RateLimitContext":
-            return ("limit", index, item.delay)
-        if kind == "OutputContext":
-            return ("output", index)
-    text = str_of(item, repr)
-    return ("foreign", text if len(text) <= 300 else f"{text[:300]}...")
+    if context not in number:
+        text = str_of(item, repr)
+        return ("foreign", text if len(text) <= 300 else f"{text[:300]}...")
+    if isinstance(item, RateLimitContext):
+        return ("limit", number[context], item.delay)
+    return ("output" if isinstance(item, OutputContext) else "context", number[context])
 
 
 def _extras() -> list[bytes]:
