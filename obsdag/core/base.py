@@ -67,7 +67,7 @@ class RunBase:
         self.epoch = epoch
         self.started = clock()
         self.facts = Facts()
-        self.recording = False
+        self.recording = self.keeping = False
         self.queue = ContextQueue()
         self.timers = TimerHeap()
         self.rooms: list[LoopContext] = []  # pulls that wait for room, in order (E16)
@@ -127,7 +127,8 @@ class RunBase:
     def observe(self, facts: Facts) -> None:
         """Sets who is told; before the first context enters."""
         self.facts = facts
-        self.recording = facts.needs_records
+        self.keeping = facts.needs_slack
+        self.recording = facts.needs_records or facts.needs_slack
 
     def _limits_by_task(self) -> list[tuple[Limit, ...]]:
         """The task's own limiters, and one of this run for `parallel_num`, or for being a stream (one at a time, T5)."""

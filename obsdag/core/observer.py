@@ -27,9 +27,14 @@ __all__ = ["FACTS", "Facts", "Observer"]
 
 
 class Observer:
-    """One optional method per fact. `needs_records`: executions are kept per root until it ends (for critical paths)."""
+    """One optional method per fact.
+
+    needs_records: each execution is to know which one released it, and how long it waited (for critical paths).
+    needs_slack: all executions of a root are to be kept until it ends, for the slack of those off the critical path.
+    """
 
     needs_records: bool = False
+    needs_slack: bool = False
 
     # --- runs
     def run_started(self, run: RunState, now: float) -> None:
@@ -150,7 +155,7 @@ class Observer:
 
 
 FACTS = tuple(
-    name for name, value in vars(Observer).items() if callable(value) and not name.startswith("_") and name != "needs_records"
+    name for name, value in vars(Observer).items() if callable(value) and not name.startswith("_") and not name.startswith("needs_")
 )
 
 
@@ -160,12 +165,13 @@ class Facts:
     `None` costs the teller one test. `failures` counts detached listeners, for the telemetry's own telemetry.
     """
 
-    __slots__ = (*FACTS, "_observers", "failures", "needs_records")
+    __slots__ = (*FACTS, "_observers", "failures", "needs_records", "needs_slack")
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
         self.failures = 0
         self.needs_records = any(getattr(observer, "needs_records", False) for observer in self._observers)
+        self.needs_slack = any(getattr(observer, "needs_slack", False) for observer in self._observers)
         for fact in FACTS:
             listeners = [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
             setattr(self, fact, self._compile(fact, listeners))

@@ -58,7 +58,7 @@ class Progress(Waits):
             more.service &= ~self.plan.bit[index]
         if execution.grant is not None and not execution.abandoned:
             self._release_grant(execution, now)
-        if self.recording:
+        if self.keeping:
             self._keep_record(execution)
         if self.facts.execution_finished is not None:
             self.facts.execution_finished(execution, outcome, error, now)

@@ -224,7 +224,7 @@ class Sources(Progress):
             self._leave_join(lend, more.arrived_at)
         self._touched.append(lend)
         parent = lend.parent
-        if not lend.keeps and context._maker is not None and context._maker.task.shape == "map" and parent._children:
+        if not lend.keeps and parent._children and self.plan.maps & self.plan.bit[lend.index]:
             parent._children.pop(context, None)  # a map without a join stays bounded
 
     # --- joins (T15)

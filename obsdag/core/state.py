@@ -76,7 +76,9 @@ class RunState(Sources):
             execution = Execution(context, plan.tasks[index], index, attempt, now, worker)
             execution.grant = grant
             if self.recording:
-                self._record(execution)
+                execution.released_by = context._maker
+                if context._waits is not None or more is not None:
+                    self._record(execution)
             context._running |= low  # as in _note_started
             self.active += 1
             self.task_started[index] += 1
@@ -128,14 +130,14 @@ class RunState(Sources):
         self.active -= 1
         self.task_executions[index] += 1
         self.task_seconds[index] += now - execution.started
-        if self.recording:
+        if self.keeping:
             self._keep_record(execution)
-            self.cause = execution
         if self.facts.execution_finished is not None:
             self.facts.execution_finished(execution, "success", None, now)
         done = context._done = context._done | bit
         following = self.next_bit[index]
-        if following and not context._parked and not self.recording:
+        if following and not context._parked and not context._ready:
+            context._maker = execution
             context._ready |= following & ~(done | context._running)
         else:
             self.cause = execution
