@@ -659,7 +659,7 @@ async def test_T11_in_a_run_outputs_failures_and_timeouts_are_where_they_belong(
     dag = DAG("processes")
     dag.add_task(ProcessTask(jobs.double))
     dag.add_task(ProcessTask(jobs.kill_if_told), "double")
-    dag.add_task(ProcessTask(jobs.output_or_hang, TaskConfig(timeout=0.5)), "kill_if_told")
+    dag.add_task(ProcessTask(jobs.output_or_hang, TaskConfig(timeout=3.0)), "kill_if_told")
     config = ExecutorConfig(process_pool_worker_num=2, context_worker_num=3)
     inputs = [{"n": n, "die": n == 3, "hang": n == 5} for n in range(8)]
     result = await Executor(dag, config=config).run(inputs)
