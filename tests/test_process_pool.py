@@ -191,10 +191,11 @@ async def test_a_process_that_dies_idle_is_told_and_replaced() -> None:
         assert (await run(pool, jobs.double, n=2)).changed["n"] == 4
 
 
-async def test_a_death_is_noticed_though_another_process_holds_the_channel_open() -> None:
+async def test_a_death_is_noticed_though_another_process_holds_the_channel_open(fifo: str) -> None:
     async with open_pool() as pool:
         with pytest.raises(PoolError, match="ended with exit code 3"):
-            await run(pool, jobs.leave_with_channel_held_open)
+            await run(pool, jobs.leave_with_channel_held_open, fifo=fifo)
+        await asyncio.wait_for(asyncio.to_thread(jobs.tell, fifo, "leave"), LONG_S)
 
 
 async def test_E9_a_process_that_dies_takes_along_what_it_started(fifo: str) -> None:
