@@ -33,7 +33,7 @@ def capture_logs(level: str | int = "DEBUG", logger: str = "obsdag") -> Iterator
     there is one).
 
         with capture_logs() as lines:
-            executor.run_sync({"order": 7})
+            executor.run_sync({"order": 13})
         assert [line["task"] for line in lines if line["event"] == "execution.failed"] == ["charge"]
 
     Debug lines of executions need runs that start inside the block. level: the lowest one captured. logger: of whom.
