@@ -34,10 +34,20 @@ if TYPE_CHECKING:
     from obsdag.telemetry.metrics import Metrics
     from obsdag.telemetry.tracing import Tracing
 
-__all__ = ["Telemetry", "default_observers"]
+__all__ = ["Telemetry", "Tracing", "default_observers"]
 
 FLUSH_S: Final = 2.0
 _PAUSE_S: Final = 60.0  # after a flush that did not get through, so that an outage delays one run and not each
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name == "Tracing":  # with OpenTelemetry's SDK, which most who import this package do not need
+            from obsdag.telemetry.tracing import Tracing
+
+            return Tracing
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Telemetry:

@@ -40,7 +40,8 @@ class CurrentExecution(Observer):
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Set to what workers start with rather than reset, for which a token would have to be kept."""
-        current_execution.set(None)
+        if current_execution.get() is execution:
+            current_execution.set(None)
 
 
 def context_keys() -> dict[str, Any]:

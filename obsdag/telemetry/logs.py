@@ -19,6 +19,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.core.observer import Observer
@@ -73,7 +74,7 @@ class Logs:
         self.engine = engine
         self.trace_ids = trace_ids
         self.redact = redact
-        self.stats = stats
+        self.stats = stats if stats is not None else SelfStats()
         self.warnings_only = warnings_only
         self.throttle = Throttle(RATES)
         self.lost = 0
@@ -120,13 +121,18 @@ class _Writer:
         level = _LEVELS[event]
         if not is_heard(level):
             return False
+        started = perf_counter()
         if execution is not None:
             context, task, attempt = execution.context, execution.task.id, execution.attempt
         if event in _THROTTLED and not self._admit(event, task, keys):
             return False
         keys = {key: round(value, 6) if type(value) is float else value for key, value in keys.items()}
         keys.update(error_keys(error, self.logs.redact, trace=level >= logging.ERROR))
-        getattr(self._bound(), _METHODS[event])(event, **self._whose(context, execution, task, attempt), **keys)
+        try:
+            getattr(self._bound(), _METHODS[event])(event, **self._whose(context, execution, task, attempt), **keys)
+        except Exception:  # of a filter or handler of the host's: this line is lost, those to come need not be
+            self.logs.stats.drop("logs", "export_failed", dag=self.dag)
+        self.logs.stats.spend("logs", perf_counter() - started, dag=self.dag)
         return True
 
     def _admit(self, event: str, task: str, keys: dict[str, Any]) -> bool:
@@ -277,8 +283,6 @@ class _Watched(_Warnings):
 
     def _tell_losses(self) -> None:
         logs = self._writer.logs
-        if logs.stats is None:
-            return
         lost = {f"{signal}.{why}": count for (signal, why), count in logs.stats.dropped.items() if count}
         total = sum(lost.values())
         if total > logs.lost and self._write("telemetry.dropping", dropped=total - logs.lost, totals=lost):

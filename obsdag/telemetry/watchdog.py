@@ -55,10 +55,12 @@ class Watchdog(Observer):
         self._blocked_after_s = blocked_after_s
 
     def run_started(self, run: RunState, now: float) -> None:
-        """Begins to watch the running loop for `run`; nothing happens without one, as in a simulation of the core."""
+        """Begins to watch the running loop for `run`, if there is one and its time is the real one."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
+            return
+        if isinstance(loop, asyncio.BaseEventLoop) and type(loop).time is not asyncio.BaseEventLoop.time:
             return
         _watchers.join(run, loop, self._interval_s, self._blocked_after_s)
 

@@ -378,6 +378,27 @@ def test_what_telemetry_loses_is_told_once_per_interval(lines: Lines) -> None:
     assert (last["dropped"], last["totals"]) == (4, {"traces.queue_full": 7})
 
 
+def test_a_handler_that_raises_loses_its_line_and_no_other(lines: Lines) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        if record.__dict__["event"] == "run.started":
+            raise RuntimeError("a filter of the host's")
+        return True
+
+    stats = SelfStats()
+    LOGGER.addFilter(refuse)
+    try:
+        run = observed(Logs("orders", stats=stats))
+        run.drive()
+        run.end()
+    finally:
+        LOGGER.removeFilter(refuse)
+
+    assert stats.parts["etl"].dropped["logs", "export_failed"] == 1
+    assert [line["event"] for line in lines][-2:] == ["telemetry.dropping", "run.finished"]
+    assert run.state.facts.failures == 0
+    assert stats.seconds["logs"] > 0.0
+
+
 def test_the_throttle_stays_bounded_and_survives_a_clock_that_goes_back() -> None:
     throttle = Throttle({None: (1, 10.0)})
     for number in range(25_000):

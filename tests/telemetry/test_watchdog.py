@@ -223,6 +223,23 @@ def test_the_core_without_a_loop_is_not_watched() -> None:
     run.end()
 
 
+class Virtual(asyncio.SelectorEventLoop):
+    """A loop whose time a test makes up."""
+
+    def time(self) -> float:
+        return super().time() + 1_000.0
+
+
+def test_a_loop_with_a_virtual_clock_is_not_watched() -> None:
+    async def main() -> None:
+        run = CoreRun().observe(watchdog())
+        assert threads() == []
+        run.end()
+
+    with asyncio.Runner(loop_factory=Virtual) as runner:
+        runner.run(main())
+
+
 async def test_nothing_of_a_run_is_kept_after_it_ended() -> None:
     run = CoreRun().observe(watchdog())
     run.end()
