@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from obsdag.errors import ContextError
 
 if TYPE_CHECKING:
-    from obsdag.core.records import Execution, More, Pull
+    from obsdag.core.records import Execution, More, Pull, Scope
     from obsdag.core.state import RunState
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime, _Token
@@ -151,6 +151,7 @@ class Context(_Mapping):
         "_records",
         "_run",
         "_running",
+        "_scope",
         "_since",
         "_state",
         "_token",
@@ -181,6 +182,7 @@ class Context(_Mapping):
         self._executions: list[Execution] | None = None
         self._maker: Execution | None = None
         self._more: More | None = None
+        self._scope: Scope | None = None
         self._trace: Any = None  # the tracing observer's own record of this context
         self._place = 0
         # The rest is set when it enters a run (`Lifecycle._enter`), once.
@@ -465,10 +467,11 @@ class OutputContext(Context):
         self._more = context._more
         self._outcome = context._outcome
         self._error = context._error
-        self._ledger = context._ledger
-        self._state = context._state
-        self._since = context._since
-        self._done = context._done
+        if context._run is not None:
+            self._ledger = context._ledger
+            self._state = context._state
+            self._since = context._since
+            self._done = context._done
         self._frozen = False
         self._executions = None
         self._lock = context._lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from obsdag.errors import ConfigError
@@ -52,11 +53,8 @@ class Pools:
         """Closes both pools; returns what had to be left behind, in words."""
         thread, self.thread = self.thread, None
         process, self.process = self.process, None
-        left: list[str] = []
-        for pool in (process, thread):
-            if pool is not None:
-                left += await pool.close(grace)
-        return left
+        closings = [pool.close(grace) for pool in (process, thread) if pool is not None]
+        return [left for found in await asyncio.gather(*closings) for left in found]
 
     # --- PoolEvents
 

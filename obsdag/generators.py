@@ -55,7 +55,7 @@ class _GeneratorRunner:
         if isinstance(generator, AsyncIterator):
             return await runners.timed(execution, _async_step(generator, value))
         if self.task.runs_on == "thread" and not isinstance(generator, type(iter([]))):
-            return await runners.timed(execution, runners.in_thread(execution, _sync_step, generator, value))
+            return await runners.in_thread(execution, _sync_step, generator, value)
         return _sync_step(generator, value)
 
     async def _dispose(self, generator: Any) -> None:

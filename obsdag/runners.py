@@ -142,7 +142,7 @@ class Runners:
         if keywords:
             function = partial(function, **keywords)
         if task.runs_on == "thread":
-            return await self.timed(execution, self.in_thread(execution, function, *given))
+            return await self.in_thread(execution, function, *given)
         result = _guarded(function, *given)
         if inspect.isawaitable(result):
             return await self.timed(execution, result)
@@ -169,21 +169,40 @@ class Runners:
         """Runs a function in the thread pool, with this frame's contextvars (T12)."""
         context = contextvars.copy_context()
         context.run(current_execution.set, execution)
-        return await self.job_done(execution, self.shell.pools.threads().submit(function, *given, context=context))
+        job = self.shell.pools.threads().submit(function, *given, context=context, label=f"task {execution.task.id!r}")
+        return await self.job_done(execution, job)
 
     async def job_done(self, execution: Execution, job: PoolJob) -> Any:
-        """Awaits a pool's job; when nobody waits for it any more it is abandoned, and its return awaited (T13)."""
-        shell = self.shell
+        """Awaits a pool's job, for at most the task's `timeout` from when a thread or process has taken it.
+
+        When nobody waits for it any more it is abandoned, and its return awaited (T13). Raises ExecutionTimeout.
+        """
+        limit = execution.task.config.timeout
+        scope = asyncio.timeout(limit if job.started else None)
         if not job.started:
-            shell.run.pool_waits(execution, shell.clock())
-            job.on_start = lambda: shell.run.pool_started(execution, shell.clock())
+            self.shell.run.pool_waits(execution, self.shell.clock())
+            job.on_start = partial(self._job_started, execution, scope, limit)
         try:
-            return await job.future
+            async with scope:
+                return await job.future
         except asyncio.CancelledError:
-            if not job.abandon():
-                execution.abandoned = True
-                job.on_return = lambda: shell.thread_returned(execution)
+            self._abandon(execution, job)
             raise
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            self._abandon(execution, job)
+            raise self.shell.timed_out(execution) from None
+
+    def _job_started(self, execution: Execution, scope: asyncio.Timeout, limit: float | None) -> None:
+        self.shell.run.pool_started(execution, self.shell.clock())
+        if limit is not None and execution.outcome is None:
+            scope.reschedule(self.shell.loop.time() + limit)
+
+    def _abandon(self, execution: Execution, job: PoolJob) -> None:
+        if not job.abandon():
+            execution.abandoned = True
+            job.on_return = partial(self.shell.thread_returned, execution)
 
     # --- the kinds that call a function once
 
@@ -228,23 +247,25 @@ class Runners:
         return mask
 
     async def _process(self, task: Task, execution: Execution) -> Finished:
-        from opentelemetry import propagate
-
         from obsdag.tasks.process import ProcessTask, apply_outcome, decode_outcome, encode_job
 
         assert isinstance(task, ProcessTask)
         context = execution.context
-        carrier: dict[str, str] = {}
-        propagate.inject(carrier)
         if execution.grant is not None and execution.grant.resources:
             await self._resources(execution)
-        payload = encode_job(task, context.id, context.name, context._data, execution.attempt, carrier)
+        payload = encode_job(task, context.id, context.name, context._data, execution.attempt, self._carrier(execution))
         job = self.shell.pools.processes(task.id).submit(payload, f"task {task.id!r}")
-        data = await self.timed(execution, self.job_done(execution, job))
+        data = await self.job_done(execution, job)
         outcome = decode_outcome(data)
         if execution.cancelling and not execution.exempt:
             return partial(self.shell.finish, execution, None)
         return partial(self.shell.finish, execution, apply_outcome(outcome, context))
+
+    def _carrier(self, execution: Execution) -> dict[str, str]:
+        """The trace context that goes with an execution to another process (T12)."""
+        from obsdag.telemetry.carrier import inject
+
+        return inject(execution)
 
     # --- resources (T7)
 

@@ -83,6 +83,7 @@ class RunShell:
         self.early = ""
         self.turn_end = 0.0
         self.abandoned: list[str] = []
+        self.refill: Callable[[], None] | None = None  # serving: what waits for room enters
         self.takers: list[asyncio.Future[None]] = []
         self._turn_asked = False
         self._timer: asyncio.TimerHandle | None = None
@@ -167,6 +168,8 @@ class RunShell:
         run = self.run
         if self._over:
             return
+        if self.refill is not None:
+            self.refill()
         if run.queue.size:
             self._wake_takers()
         if self.free:
@@ -355,6 +358,10 @@ class RunShell:
                 execution.handle.cancel()
         while run.closed_pulls:
             self.runners.close_later(run.closed_pulls.pop())
+        while run.done_scopes:
+            scope = run.done_scopes.pop()
+            if not scope.living:  # none of what was made meanwhile lives
+                scope.on_done(scope)
         while run.closings:
             self.runners.release_later(run.closings.pop())
         self.rearm()

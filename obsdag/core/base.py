@@ -22,7 +22,7 @@ from obsdag.limits import ConcurrencyLimit, Limit
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
     from obsdag.context import Context, LoopContext, OutputContext
-    from obsdag.core.records import Execution, Failure, Lend, Stall
+    from obsdag.core.records import Execution, Failure, Lend, Scope, Stall
     from obsdag.limits import LimitRequest
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
@@ -97,7 +97,7 @@ class RunBase:
         self.failures_total = 0
         self.stalls: list[Stall] = []
         self.stopping = False
-        self.on_end: Callable[[Context], None] | None = None
+        self.done_scopes: list[Scope] = []
         self.dispatch: Callable[[Callable[..., Any], Context], None] | None = None
         self.cause: Execution | None = None
         self._work: list[Context] = []

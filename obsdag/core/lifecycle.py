@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from obsdag.context import OutputContext
 from obsdag.core.base import _DISCARDED, _KIND_INDEX, _OUTCOME_INDEX, _QUEUED, _RUNNING, RunBase, more_of
 from obsdag.core.queue import CONTINUING, IDLE, NEW, QUEUED, VISITED
-from obsdag.core.records import Failure, Lend, Stall
+from obsdag.core.records import Failure, Lend, Scope, Stall
 from obsdag.core.states import STATES
 from obsdag.errors import ContextError, DeadlineExceeded
 
@@ -62,6 +62,7 @@ class Lifecycle(RunBase):
     def _enter_made(self, context: Context, execution: Execution, now: float) -> None:
         """Takes in what a task newly made: it starts below its maker (E12)."""
         plan, index = self.plan, execution.index
+        context._scope = execution.context._scope
         done = plan.bit[index] | plan.ancestors[index]
         context._maker = execution
         if self.bypass:
@@ -108,6 +109,8 @@ class Lifecycle(RunBase):
         self.living += 1
         self.entered[_KIND_INDEX[kind]] += 1
         self.state_counts[state] += 1
+        if context._scope is not None:
+            context._scope.living += 1
         holder = self._holder_of(context) if context._parent is not None else None
         if holder is not None:
             holder._holds += 1
@@ -181,8 +184,7 @@ class Lifecycle(RunBase):
         """The context reached the sink, or its task gave out `output`: other branches are stopped (C10)."""
         if context._more is not None:
             self._stop_branches(context, now)
-        self._end(context, "output", now)
-        self.emit(OutputContext(context) if output is None else output)
+        self._end(context, "output", now, OutputContext(context) if output is None else output)
 
     def _schedule(self, context: Context, now: float) -> None:
         """Gives a context with something to do its place; settles one that nothing holds."""
@@ -231,7 +233,7 @@ class Lifecycle(RunBase):
             holder._holds -= 1
             self._work.append(holder)
 
-    def _end(self, context: Context, outcome: str, now: float) -> None:
+    def _end(self, context: Context, outcome: str, now: float, output: OutputContext | None = None) -> None:
         """Ends a living context: one outcome, everything it holds or waits for given back, its executions cancelled."""
         if context._state == _DISCARDED:
             self.discarded -= 1
@@ -255,11 +257,26 @@ class Lifecycle(RunBase):
             context._maker = self.cause or context._maker
         if self.facts.context_finished is not None:
             self.facts.context_finished(context, outcome, now)
-        if self.on_end is not None:
-            self.on_end(context)
+        if output is not None:
+            self._give_out(context, output)
+        if context._scope is not None and not (context._more is not None and context._more.pending_end):
+            self._leave_scope(context._scope)
         context._records = context._waits = context._maker = None
         if context._parent is not None:
             self._work.append(context)
+
+    def _give_out(self, context: Context, output: OutputContext) -> None:
+        output._outcome = "output"
+        if context._scope is not None:
+            context._scope.outputs.append(output)
+        else:
+            self.emit(output)
+
+    def _leave_scope(self, scope: Scope) -> None:
+        scope.living -= 1
+        if not scope.living:
+            self.done_scopes.append(scope)
+            self.dirty = True
 
     def _cancel_executions(self, context: Context) -> None:
         for execution in context._executions or ():
@@ -290,6 +307,8 @@ class Lifecycle(RunBase):
     def _keep_discarded(self, context: Context, outcome: str, now: float) -> None:
         more = more_of(context)
         more.pending_end = outcome
+        if context._scope is not None:
+            self._leave_scope(context._scope)
         context._ready = context._parked = 0
         if context._place == QUEUED:
             self.queue.forget(context)
@@ -317,6 +336,8 @@ class Lifecycle(RunBase):
         more_of(context).error_task = task
         attempts = execution.attempt if execution is not None else max(1, context.attempt)
         failure = Failure(context, task, attempts, error)
+        if context._scope is not None:
+            context._scope.failures.append(failure)
         self.failures_total += 1
         if self.kind == "run" or len(self.failures) < self.config.failures_kept:
             self.failures.append(failure)

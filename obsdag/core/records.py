@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from obsdag.context import Context
+    from obsdag.context import Context, OutputContext
     from obsdag.limits import LimitRequest
     from obsdag.tasks.base import Task
 
-__all__ = ["CriticalStep", "Execution", "Failure", "Lend", "More", "Pull", "Stall", "Timer", "current_execution"]
+__all__ = ["CriticalStep", "Execution", "Failure", "Lend", "More", "Pull", "Scope", "Stall", "Timer", "current_execution"]
 
 current_execution: ContextVar[Execution | None] = ContextVar("obsdag_execution", default=None)
 """The execution whose function runs in this frame. Set by the shell where a second attempt or a thread makes it matter."""
@@ -165,6 +166,22 @@ class Pull:
         self.lend: Lend | None = None
         self.state = ""
         self.execution: Execution | None = None
+
+
+class Scope:
+    """All that was made from one submitted context, by children or by replacement (S1).
+
+    living: contexts of it that have not ended. outputs, failures: what came of it. root: the submitted context.
+    """
+
+    __slots__ = ("failures", "living", "on_done", "outputs", "root")
+
+    def __init__(self, root: Context, on_done: Callable[[Scope], None]) -> None:
+        self.root = root
+        self.on_done = on_done
+        self.living = 0
+        self.outputs: list[OutputContext] = []
+        self.failures: list[Failure] = []
 
 
 class Timer:
