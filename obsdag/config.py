@@ -188,6 +188,9 @@ class ExecutorConfig:
     result_ttl: float = field(
         default=300.0, metadata=_seconds("serving: time that a result waits to be fetched", above=True)
     )
+    drain_grace: float = field(
+        default=30.0, metadata=_seconds("serving: time to finish what was accepted, before the rest is cancelled")
+    )
     turn_s: float = field(default=0.001, metadata=_seconds("longest time that workers keep the event loop from others"))
     seed: int | None = field(
         default=None,

@@ -135,7 +135,7 @@ class Executor:
         what an input iterator raises.
         """
         result = RunResult()
-        shell = self._open("run", open_inputs(input_context))
+        shell = self._open_shell("run", open_inputs(input_context))
         shell.run.emit = result.append
         try:
             await self._wait(shell)
@@ -161,7 +161,7 @@ class Executor:
 
         Memory is bounded by `max_live_contexts`, whatever the number of inputs. Leaving early ends the run (E9).
         """
-        shell = self._open("stream", open_inputs(inputs))
+        shell = self._open_shell("stream", open_inputs(inputs))
         outputs = OutputStream(shell)
         deadline = self._arm_deadline(shell)
         try:
@@ -176,7 +176,7 @@ class Executor:
         if shell.early not in ("", "left"):
             raise _early_error(shell, None)
 
-    def _open(self, kind: str, inputs: Any) -> RunShell:
+    def _open_shell(self, kind: str, inputs: Any) -> RunShell:
         shell = RunShell(self.dag, self.plan, self.config, self.runtime, self._pools, inputs, kind)
         self._shells.append(shell)
         return shell
