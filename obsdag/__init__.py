@@ -17,7 +17,9 @@ them here):
     services, generators, runners       how an execution of each kind of task is run
     worker, shell                       who drives a context; the asyncio shell around the core of one run
     executor                            `Executor`: opens runs and sees them to their end
+    serve                               `ServeExecutor`: takes contexts one by one, gives tickets, drains
     testing                             helpers for tests of one's own DAGs
+    cli                                 the command `obsdag`
 """
 
 from importlib import import_module
@@ -87,6 +89,10 @@ if TYPE_CHECKING:
         Task,
         TaskConfig,
     )
+    from obsdag.telemetry import Telemetry, Tracing
+    from obsdag.telemetry.export import count_drops
+    from obsdag.telemetry.hold import hold
+    from obsdag.telemetry.sampling import deferred_sampler
     from obsdag.worker import WorkerLocalProxy, worker_local
 
 __all__ = [
@@ -159,9 +165,14 @@ __all__ = [
     "Task",
     "TaskConfig",
     "TaskError",
+    "Telemetry",
+    "Tracing",
     "UnknownTicketError",
     "WorkerLocalProxy",
     "__version__",
+    "count_drops",
+    "deferred_sampler",
+    "hold",
     "worker_local",
 ]
 
@@ -170,6 +181,7 @@ __version__ = "0.1.0"
 _HOMES = (
     *("errors", "config", "limits", "context", "core.states", "core.records", "core.observer", "core.queue"),
     *("runtime", "tasks", "graph", "worker", "executor"),
+    *("telemetry", "telemetry.export", "telemetry.hold", "telemetry.sampling"),
 )
 """Where the public names live, the lightest first. A name is imported when it is first used: a worker process, which
 needs few modules, starts in half the time (66 instead of 121 ms), and telemetry libraries load only for who uses them.
