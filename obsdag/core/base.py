@@ -102,7 +102,7 @@ class RunBase:
         self.cause: Execution | None = None
         self._work: list[Context] = []
         self._touched: list[Lend] = []
-        self._freezes: dict[Context, None] = {}
+        self._freezes: dict[Context, None] = {}  # what the run knows; `_frozen` is what was asked for last
         self._grants: deque[LimitRequest] = deque()
         self.reserved = 0
         self.buffered = 0
@@ -203,7 +203,7 @@ class RunBase:
                 return _LENT
             if more.source:
                 return int(State.SOURCE_WAIT)
-        return _FROZEN if context._frozen else _LENT
+        return _FROZEN if context in self._freezes else _LENT
 
     def ledger_of(self, context: Context) -> dict[str, float]:
         """Seconds per state of a root so far; the parts add up to its time in the run."""
@@ -239,7 +239,7 @@ class RunBase:
     def oldest_entered(self) -> float | None:
         """When the oldest living context entered (run clock); frozen ones and inputs of loops do not count."""
         for context in itertools.islice(self._snapshot(), 1000):
-            if not context._frozen and (context._more is None or not context._more.source):
+            if context not in self._freezes and (context._more is None or not context._more.source):
                 return context._entered
         return None
 
@@ -276,7 +276,7 @@ class RunBase:
             problem = f"is held {context._holds} times"
         elif context._running & context._ready:
             problem = f"tasks {self.plan.names(context._running & context._ready)} are both running and ready"
-        elif context._ready and context._place == IDLE and not context._frozen:
+        elif context._ready and context._place == IDLE and context not in self._freezes:
             problem = f"tasks {self.plan.names(context._ready)} are ready and nobody will start them"
         elif not (context._ready or context._running or context._holds or context._place) and not (
             context._more is not None and context._more.arrived

@@ -132,7 +132,7 @@ class Lifecycle(RunBase):
             context._holds += 1
             self._freezes[context] = None
         self._offer(context, ready, now)
-        if context._ready and not context._frozen:
+        if context._ready and context not in self._freezes:
             self.queue.put(context, NEW)
             if self.facts.context_queued is not None:
                 self.facts.context_queued(context, NEW, now)
@@ -189,7 +189,7 @@ class Lifecycle(RunBase):
     def _schedule(self, context: Context, now: float) -> None:
         """Gives a context with something to do its place; settles one that nothing holds."""
         if context._place == IDLE and context._outcome is None:
-            if context._ready and not context._frozen:
+            if context._ready and context not in self._freezes:
                 self.queue.put(context, CONTINUING)
                 if self.facts.context_queued is not None:
                     self.facts.context_queued(context, CONTINUING, now)
@@ -385,7 +385,7 @@ class Lifecycle(RunBase):
         task = self._waiting_at(context)
         index = plan.index[task]
         missing = tuple(plan.names(plan.up[index] & ~context._done))
-        if context._frozen:
+        if context in self._freezes:
             return Stall(context, task, missing, "it is frozen and nobody thaws it")
         if missing:
             return Stall(context, task, missing, "nothing that still runs can complete them for this context")

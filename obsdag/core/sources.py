@@ -83,7 +83,7 @@ class Sources(Progress):
         pull = marker.pull
         if pull.state == "closed":
             return False
-        if pull.context._frozen:
+        if pull.context in self._freezes:
             pull.state = "frozen"
             return False
         return True
@@ -197,7 +197,7 @@ class Sources(Progress):
     def thaw(self, context: Context, now: float) -> None:
         """Ends the freeze; pulls that were passed over meanwhile get their place in the loop lane again."""
         more = context._more
-        if more is not None and more.pulls and self._freeze_held(context):
+        if more is not None and more.pulls and context in self._freezes:
             for pull in more.pulls.values():
                 if pull.state == "frozen":
                     pull.state = "waiting"

@@ -41,7 +41,7 @@ class RunState(Sources):
         """The context (or the marker of a pull) whose turn it is; None if there is nothing to drive now."""
         self.idle_at = None
         while (context := self.queue.take()) is not None:
-            if context._frozen:
+            if context in self._freezes:
                 context._place = IDLE
                 self._restate(context, now)
                 continue
@@ -55,8 +55,8 @@ class RunState(Sources):
 
     def begin(self, context: Context, now: float, worker: int) -> Execution | None:
         """Starts the context's next ready task; None if there is none, or limits or a freeze hold all of them back."""
-        plan = self.plan
-        while context._ready and not context._frozen:
+        plan, freezes = self.plan, self._freezes
+        while context._ready and not (freezes and context in freezes):
             if plan.rank is None:
                 low = context._ready & -context._ready
                 index = low.bit_length() - 1

@@ -134,18 +134,19 @@ class Waits(Lifecycle):
             self.idle_at = None
             if self._only_frozen():
                 self._stall_frozen(now)
+        self._settle_all(now)
 
     # --- freezing (C7) and waiting for the frozen (E8)
 
     def freeze(self, context: Context, now: float) -> None:
         """No new execution starts on the context; the freeze holds it."""
-        if context._outcome is None and context._state != _DISCARDED and not self._freeze_held(context):
+        if context._outcome is None and context._state != _DISCARDED and context not in self._freezes:
             self._note_freeze(context, True)
             self._restate(context, now)
 
     def thaw(self, context: Context, now: float) -> None:
         """Ends the freeze: what was kept undecided is dropped, the rest goes on."""
-        if context._outcome is not None or not self._freeze_held(context):
+        if context._outcome is not None or context not in self._freezes:
             return
         self._note_freeze(context, False)
         more = context._more
@@ -154,9 +155,6 @@ class Waits(Lifecycle):
             self._discard(context, now)
         self._schedule(context, now)
         self._settle_all(now)
-
-    def _freeze_held(self, context: Context) -> bool:
-        return context in self._freezes
 
     def _note_freeze(self, context: Context, frozen: bool) -> None:
         context._frozen = frozen
