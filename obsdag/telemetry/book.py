@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from obsdag.core.states import ENTRY_KINDS, OUTCOMES, STATES
-from obsdag.telemetry.gauges import PARTS, LivingRun, open_visits_s, settled_counts
+from obsdag.telemetry.gauges import PARTS, LivingRun, settled_counts
 from obsdag.telemetry.tally import MetricsObserver
 from obsdag.telemetry.totals import Totals
 
@@ -131,7 +131,7 @@ class Book:
             self._add_contexts(totals, dict(runs), fail)
             for tally in self._tallies:
                 tally.add_to(totals)
-            self._add_open_visits(totals, [run for _, run in runs], fail)
+            self._add_open_visits(totals, runs)
         seen: set[int] = set()
         for tally, run in runs:
             totals.add("obsdag_runs_active", (), int(tally.started))
@@ -182,13 +182,9 @@ class Book:
             for value, count in zip(values, counts, strict=True):
                 totals.add(metric, (value,), count)
 
-    def _add_open_visits(self, totals: Totals, runs: list[RunState], fail: Callable[[str, Exception], None]) -> None:
+    def _add_open_visits(self, totals: Totals, runs: list[tuple[MetricsObserver, RunState]]) -> None:
         busy = totals.numbers["obsdag_worker_busy_seconds_total"]
-        for run in runs:
-            try:
-                busy[()] += open_visits_s(run)
-            except Exception as error:
-                fail("visits", error)
+        busy[()] += sum(tally.open_visits_s(run.clock()) for tally, run in runs)
         # A visit that ended between the two readings is in neither: what was shown stands until the sum has caught up.
         self._busy_shown_s = busy[()] = max(self._busy_shown_s, busy[()])
 

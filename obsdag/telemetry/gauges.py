@@ -7,7 +7,6 @@ reached the next. `settled_counts` therefore reads until the books balance; ever
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from obsdag.core.states import LANES
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from obsdag.telemetry.tally import MetricsObserver
     from obsdag.telemetry.totals import Labels, Totals
 
-__all__ = ["PARTS", "Counts", "LivingRun", "open_visits_s", "settled_counts"]
+__all__ = ["PARTS", "Counts", "LivingRun", "settled_counts"]
 
 _TRIES: Final = 10
 _PAUSE_S: Final = 0.0005  # lets the run's thread out of the transition that it was interrupted in
@@ -61,23 +60,6 @@ def settled_counts(run: RunState) -> Counts:
 def _read_counts(run: RunState) -> Counts:
     entered, living, states, finished = run.entered.copy(), run.living, run.state_counts.copy(), run.finished.copy()
     return Counts(entered, finished, states, sum(entered) - living - sum(finished))
-
-
-def open_visits_s(run: RunState) -> float:
-    """Seconds that the visits which are going on have taken so far."""
-    visits: Any = getattr(run, "visits_open", ())
-    now = run.clock()
-    open_visits = _snapshot(visits.values() if isinstance(visits, dict) else visits)
-    return float(sum(max(0.0, now - visit[-1]) for visit in open_visits))
-
-
-def _snapshot(items: Iterable[Any]) -> list[Any]:
-    for _ in range(_TRIES):
-        try:
-            return list(items)
-        except RuntimeError:  # it changed its size under the reader: try again
-            continue
-    return []
 
 
 # --- parts of a scrape: each reads one thing of one run, and fails alone

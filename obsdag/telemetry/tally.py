@@ -115,6 +115,7 @@ class MetricsObserver(Observer):
         self._rows = [self._slot_rows[slot] for slot in slots.of_index]  # tasks beyond the cap share one
         self._queue_rows = [buckets.row() for _ in LANES]
         self._busy_s = 0.0
+        self._since: dict[int, float] = {}  # worker (-1: a user's own) -> start of the visit that goes on, else -1
         # per context
         self._root_rows = {outcome: buckets.row() for outcome in OUTCOMES}
         self._ledger_s = [0.0] * len(STATES)
@@ -150,6 +151,7 @@ class MetricsObserver(Observer):
         self._entered_before, self._finished_before = self.entered_total(), self.finished_total()
         self.entered, self.finished = run.entered, run.finished
         self.run = weakref.ref(run)
+        self._since = dict.fromkeys(range(-1, run.config.context_worker_num), -1.0)
         self.started = False
         self.phase = ""
         for name in getattr(run, "limiter_names", {}).values():
@@ -180,7 +182,8 @@ class MetricsObserver(Observer):
     def run_finished(self, run: RunState, outcome: str, duration_s: float, now: float) -> None:
         """Counts the outcome and gives itself back."""
         _count(self._runs, outcome)
-        self._book.release(self)
+        if self.run is not None and self.run() is run:
+            self._book.release(self)
 
     def run_deadlocked(self, run: RunState, stalls: list[Stall], now: float) -> None:
         """Counts a run that ended with stalled contexts."""
@@ -225,6 +228,7 @@ class MetricsObserver(Observer):
             self._time(self.visit_started, context, worker, lane, waited_s, now)
             return
         self._left = left
+        self._since[worker] = now
         row = self._queue_rows[lane]
         if waited_s <= self._first:
             row[1] += 1
@@ -235,6 +239,11 @@ class MetricsObserver(Observer):
     def visit_finished(self, context: Context, worker: int, busy_s: float, now: float) -> None:
         """Counts a worker's time."""
         self._busy_s += busy_s
+        self._since[worker] = -1.0
+
+    def open_visits_s(self, now: float) -> float:
+        """Seconds that the visits which go on have taken so far, those of the engine's own workers."""
+        return sum(now - since for worker, since in self._since.copy().items() if since >= 0.0 <= worker)
 
     # --- contexts
 

@@ -7,12 +7,14 @@ import importlib
 import shutil
 import subprocess
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.openmetrics import exposition as openmetrics
 
+from obsdag.core.observer import Facts
 from obsdag.errors import ConfigError
 from obsdag.telemetry import collector as collector_module
 from obsdag.telemetry.catalogue import ALL_DAGS, METRICS, MetricSpec, metric
@@ -26,6 +28,14 @@ from tests.telemetry.scrapes import Reports, scrape, text
 def observed(reports: Reports, *tasks: str, **settings: Any) -> CoreRun:
     run = CoreRun(*tasks, **settings)
     return run.observe(reports.metrics.observer(run.state))
+
+
+@pytest.fixture(autouse=True)
+def _no_observer_is_detached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    failures: list[object] = []
+    monkeypatch.setattr(Facts, "_detach", lambda *arguments: failures.append(arguments))
+    yield
+    assert not failures
 
 
 def kept(what: str = "task", label: str = "load", seconds: float = 0.02, trace: int = 7, dag: str = "etl") -> Kept:

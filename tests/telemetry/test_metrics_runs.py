@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from obsdag.config import ExecutorConfig
 from obsdag.context import Context, RateLimitContext
-from obsdag.core.observer import Observer
+from obsdag.core.observer import Facts, Observer
 from obsdag.core.state import RunState
 from obsdag.core.states import GC_REASONS, OUTCOMES, STATES
 from obsdag.executor import Executor, RunResult
@@ -23,6 +24,14 @@ from obsdag.runtime import Runtime
 from obsdag.telemetry.tally import MetricsObserver
 from tests.telemetry.corerun import EPOCH, CoreRun
 from tests.telemetry.scrapes import Reports, Scrape
+
+
+@pytest.fixture(autouse=True)
+def _no_observer_is_detached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    failures: list[object] = []
+    monkeypatch.setattr(Facts, "_detach", lambda *arguments: failures.append(arguments))
+    yield
+    assert not failures
 
 
 def executor(dag: DAG, reports: Reports, runtime: Runtime | None = None, **settings: Any) -> Executor:
@@ -448,16 +457,15 @@ def test_a_difference_that_stays_is_shown() -> None:
 
 def test_busy_seconds_include_visits_that_go_on_and_never_go_back() -> None:
     reports = Reports()
-    run = CoreRun()
+    run = CoreRun(context_worker_num=4)
     run.observe(reports.metrics.observer(run.state))
     context = run.enter()
     execution = run.begin(context)
-    run.state.visits_open = {3: (3, context, run.now)}  # type: ignore[attr-defined, unused-ignore]
     run.now += 2.0
     assert reports.scrape().value("obsdag_worker_busy_seconds_total") == 2.0
-
-    run.state.visits_open = {}  # type: ignore[attr-defined, unused-ignore]
-    assert reports.scrape().value("obsdag_worker_busy_seconds_total") == 2.0, "between the end and the fact of it"
+    run.now -= 1.0  # as if the visit had ended in the middle of the scrape
+    assert reports.scrape().value("obsdag_worker_busy_seconds_total") == 2.0
+    run.now += 1.0
     run.succeed(execution, took_s=0.5)
     run.succeed(run.go_on(context), took_s=0.5)
     run.state.leave(context, 3, 3.0, run.now)
