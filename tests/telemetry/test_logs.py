@@ -408,3 +408,29 @@ def test_the_throttle_stays_bounded_and_survives_a_clock_that_goes_back() -> Non
     assert throttle.admit("event", "dag", "task", 100.0) == 0
     assert throttle.admit("event", "dag", "task", 100.0) is None
     assert throttle.admit("event", "dag", "task", 50.0) == 1
+
+
+def test_a_long_manifest_is_cut_and_says_by_how_much(lines: Lines) -> None:
+    run = observed(Logs("orders"))
+    run.tell("drain_finished", {"cancelled": [f"c{number}" for number in range(50)], "why": OSError("x")}, run.now)
+
+    manifest = named(lines, "drain.finished")[0]["manifest"]
+    assert manifest["cancelled"][19:] == ["c19", "... 30 more"]
+    assert manifest["why"] == "x"
+
+
+def test_other_parts_of_telemetry_speak_as_the_engine(lines: Lines) -> None:
+    Logs("orders").say("telemetry.labels_capped", dag="etl", label="task", cap=200)
+
+    assert lines == [
+        {
+            "event": "telemetry.labels_capped",
+            "level": "warning",
+            "engine": "orders",
+            "dag": "etl",
+            "label": "task",
+            "cap": 200,
+        }
+    ]
+    with pytest.raises(KeyError):
+        Logs("orders").say("no.event")

@@ -10,6 +10,8 @@ import logging.config
 import logging.handlers
 import pickle
 import queue
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -271,3 +273,22 @@ def test_the_message_as_a_value_is_the_event_so_that_lines_group(host: io.String
     (failed,) = records
     assert failed.msg == "execution.failed"
     assert failed.getMessage().startswith("execution.failed engine=orders")
+
+
+def test_a_reload_of_the_modules_changes_nothing() -> None:
+    code = """
+import importlib, io, logging
+from obsdag.telemetry import lines, logs
+for module in (lines, logs):
+    importlib.reload(module)
+print([type(handler).__name__ for handler in logging.getLogger("obsdag").handlers])
+logging.basicConfig(stream=(output := io.StringIO()), level="INFO")
+logs.Logs("orders").say("telemetry.dropping", dropped=1)
+print(output.getvalue(), end="")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert (done.stdout, done.stderr) == (
+        "['NullHandler']\nWARNING:obsdag:telemetry.dropping engine=orders dropped=1\n",
+        "",
+    )

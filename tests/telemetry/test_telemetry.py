@@ -339,3 +339,11 @@ def test_metric_change_counts_a_block() -> None:
     executor(telemetry).run_sync({})
 
     assert change.value == 2
+
+
+def test_tracing_is_had_at_the_same_door() -> None:
+    import obsdag.telemetry as door
+
+    assert door.Tracing is Tracing
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = door.nothing

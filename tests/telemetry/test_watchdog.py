@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import selectors
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -221,6 +222,25 @@ def test_the_core_without_a_loop_is_not_watched() -> None:
 
     assert threads() == []
     run.end()
+
+
+async def test_a_loop_that_is_late_but_idle_is_not_blocked() -> None:
+    run, told = CoreRun(), Told()
+    run.observe(told, watchdog())
+    (beat,) = _watchers._beats.values()
+    looks: list[float] = []
+
+    def look_from_elsewhere() -> None:
+        while not looks:  # until the loop waits in its selector
+            frame = sys._current_frames()[beat.thread_id]
+            if frame.f_code.co_name == "select":
+                looks.append(beat.look(beat.due + 60.0))
+
+    await asyncio.to_thread(look_from_elsewhere)
+    run.end()
+
+    assert looks == [0.03], "looked at again later"
+    assert told.blocks == []
 
 
 class Virtual(asyncio.SelectorEventLoop):
