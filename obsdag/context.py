@@ -326,6 +326,8 @@ class Context(_Mapping):
         from obsdag.core.records import current_execution
 
         execution = current_execution.get()
+        if execution is None and self._run is not None and self._executions and len(self._executions) > 1:
+            execution = self._run.caller()
         if execution is not None and execution.context is self:
             return execution.attempt
         return self._executions[-1].attempt if self._executions else 1

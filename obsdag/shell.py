@@ -64,6 +64,7 @@ class RunShell:
         self.run.kind = kind
         self.run.dispatch = self.dispatch
         self.run.nudge = self.nudge
+        self.run.caller = self._caller
         self.run.pools = pools
         self.env = Environment(runtime, pools.call_executor(), dag)
         self.runners = Runners(self)

@@ -109,6 +109,7 @@ class RunBase:
         self.pools: Any = None
         self.dirty = False
         self.nudge: Callable[[], None] = _nothing
+        self.caller: Callable[[], Execution | None] = _nothing  # whose function is asking
         self.closings: list[Any] = []
         self._settling = False
         self.limits = self._limits_by_task()
