@@ -8,6 +8,7 @@ the same arguments as the fact.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sys
 from collections.abc import Callable
@@ -65,9 +66,10 @@ def a_run(tasks: int) -> RunState:
 def a_finished_root(run: RunState, length: int = 10) -> tuple[Context, Execution]:
     """A root that went through `length` executions, and the last of them."""
     root, execution = Context(), None
+    run.accept(root, 0.0)
     for number in range(length):
         following = Execution(root, run.plan.tasks[1], 1 + number % 5, 1, float(number), 0)
-        following.ended = number + 0.02
+        following.ended, following.outcome = number + 0.02, "success"
         following.released_by, execution = execution, following
     root._ledger = [0.2, 0.0, 0.1, *[0.0] * 9]
     root._maker = execution
@@ -138,6 +140,37 @@ def bench_scrape(tasks: int, encode: Callable[[Any], bytes], name: str) -> None:
     print(f"{tasks:5} tasks, {name:12} {lines:6} lines {whole:8.1f} ms, of which collecting {collected:6.1f} ms")
 
 
+def bench_loop_gap(tasks: int, scrapes: int = 30) -> None:
+    """Prints how long an event loop that has work all the time is kept from a turn while a thread scrapes."""
+    registry = CollectorRegistry()
+    Metrics("bench", registry).declare(a_run(tasks).plan)
+
+    async def gaps() -> list[float]:
+        found, before = [], perf_counter()
+        scraping = asyncio.gather(*[asyncio.to_thread(_scrapes, registry, scrapes)])
+        while not scraping.done():
+            await asyncio.sleep(0)
+            now = perf_counter()
+            found.append(now - before)
+            before = now
+        await scraping
+        return sorted(found)
+
+    found = asyncio.run(gaps())
+    long = [gap for gap in found if gap > 0.001] or [0.0]
+    p99 = found[int(len(found) * 0.99)] * 1e3
+    print(
+        f"{tasks:5} tasks, {scrapes} scrapes in a thread: turns of the loop p99 {p99:.2f} ms, "
+        f"longest {found[-1] * 1e3:.1f} ms, {len(long)} of {len(found)} above 1 ms, of these the median "
+        f"{median(long) * 1e3:.1f} ms and the p99 {long[int(len(long) * 0.99)] * 1e3:.1f} ms"
+    )
+
+
+def _scrapes(registry: CollectorRegistry, count: int) -> None:
+    for _ in range(count):
+        openmetrics.generate_latest(registry)
+
+
 def main() -> None:
     facts = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
     metrics = Metrics("bench", CollectorRegistry())
@@ -146,6 +179,7 @@ def main() -> None:
     for tasks in (10, 100, 1000):
         bench_scrape(tasks, generate_latest, "text")
         bench_scrape(tasks, openmetrics.generate_latest, "OpenMetrics")
+    bench_loop_gap(100)
 
 
 if __name__ == "__main__":
