@@ -118,6 +118,8 @@ class RunBase:
         self.bypass = config.enable_context_bypass
         self.max_live = config.max_live_contexts
         self.debug = config.debug
+        # Per task, what is right below it: (its bit, the mask of all that it waits for).
+        self.below = [tuple((plan.bit[i], plan.up[i]) for i in below) for below in plan.down_list]
         # The bit of the one task below, where nothing but that task follows and it is neither sink nor join; else 0.
         self.next_bit = [
             0 if below < 0 or below == plan.sink or plan.joins & plan.bit[below] else plan.bit[below] for below in plan.follow

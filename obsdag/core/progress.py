@@ -76,20 +76,16 @@ class Progress(Waits):
 
     def _complete(self, context: Context, index: int, now: float) -> None:
         """The task is completed for the context: what has all its live upstreams completed now is ready (C4)."""
-        plan = self.plan
-        done = context._done = context._done | plan.bit[index]
-        follow = plan.follow[index]
-        if follow >= 0 and not context._parked:
-            if follow == plan.sink:
-                self._output(context, now)
-            else:
-                self._release(context, plan.bit[follow] & ~(done | context._running), now)
-            return
-        ready = 0
-        for below in plan.down_list[index]:
-            if not plan.up[below] & ~done:
-                ready |= plan.bit[below]
-        self._release(context, ready & ~(done | context._running | context._parked | context._ready), now)
+        context._done |= self.plan.bit[index]
+        self._release_below(context, index, now)
+
+    def _release_below(self, context: Context, index: int, now: float) -> None:
+        done, ready = context._done, 0
+        for bit, waits_for in self.below[index]:
+            if waits_for & done == waits_for:
+                ready |= bit
+        if ready:
+            self._release(context, ready & ~(done | context._running | context._parked | context._ready), now)
 
     def _release(self, context: Context, ready: int, now: float) -> None:
         if not ready:
