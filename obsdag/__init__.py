@@ -19,7 +19,7 @@ them here):
     executor                            `Executor`: opens runs and sees them to their end
     serve                               `ServeExecutor`: takes contexts one by one, gives tickets, drains
     testing                             helpers for tests of one's own DAGs
-    cli                                 the command `obsdag`
+    cli, examples, __main__             the command `obsdag`; programs to start from; `python -m obsdag`
 """
 
 from importlib import import_module
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from obsdag.graph import DAG
     from obsdag.limits import ConcurrencyLimit, RateLimit, ResourcePool
     from obsdag.runtime import Runtime
+    from obsdag.serve import ServeExecutor, Ticket
     from obsdag.tasks import (
         AsyncFunctionShutdownTask,
         AsyncFunctionTask,
@@ -152,6 +153,7 @@ __all__ = [
     "RunResult",
     "Runtime",
     "ServeError",
+    "ServeExecutor",
     "ServiceError",
     "Stall",
     "StopContext",
@@ -166,6 +168,7 @@ __all__ = [
     "TaskConfig",
     "TaskError",
     "Telemetry",
+    "Ticket",
     "Tracing",
     "UnknownTicketError",
     "WorkerLocalProxy",
@@ -180,7 +183,7 @@ __version__ = "0.1.0"
 
 _HOMES = (
     *("errors", "config", "limits", "context", "core.states", "core.records", "core.observer", "core.queue"),
-    *("runtime", "tasks", "graph", "worker", "executor"),
+    *("runtime", "tasks", "graph", "worker", "executor", "serve"),
     *("telemetry", "telemetry.export", "telemetry.hold", "telemetry.sampling"),
 )
 """Where the public names live, the lightest first. A name is imported when it is first used: a worker process, which

@@ -42,9 +42,13 @@ FORBIDDEN: dict[str, set[str]] = {
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-LONGER_FILES: dict[str, int] = {}
-LONGER_FUNCTIONS: dict[str, int] = {}
-"""Exceptions and their present length: an entry may only shrink, and goes when it is no longer needed."""
+LONGER_FILES = {"obsdag/serve.py": 515, "obsdag/shell.py": 525}
+LONGER_FUNCTIONS = {
+    "obsdag.core.base.RunBase.__init__": 70,  # every field of a run with its meaning
+    "obsdag.worker.Worker._work": 65,  # the hot loop, in one piece so that a step of it makes no calls of its own
+}
+SLACK_LINES = 15
+"""Exceptions with their own bounds, which may only shrink: one that is looser than the slack fails, too."""
 
 TOP_LEVEL = {
     ".ci",
@@ -222,9 +226,10 @@ def _functions(node: ast.AST, place: str) -> Iterator[tuple[str, int]]:
 def _ratchet(lengths: dict[str, int], bound: int, longer: dict[str, int], table: str) -> None:
     too_long = {place: lines for place, lines in lengths.items() if lines > longer.get(place, bound)}
     assert not too_long, f"cut these into smaller pieces (bound {bound} lines): {too_long}"
-    loose = {place: lengths.get(place, 0) for place, lines in longer.items() if lengths.get(place, 0) != lines}
-    assert not loose, f"these became shorter: lower or remove their entries in {table}: {loose}"
-    assert all(lines > bound for lines in longer.values()), f"an entry of {table} is within the bound: remove it"
+    loose = {place: lengths.get(place, 0) for place, own in longer.items() if lengths.get(place, 0) + SLACK_LINES < own}
+    assert not loose, f"these became shorter: lower or remove their bounds in {table}: {loose}"
+    needless = {place: own for place, own in longer.items() if lengths.get(place, 0) <= bound}
+    assert not needless, f"these are within the common bound: remove them from {table}: {needless}"
 
 
 def _tracked() -> list[Path]:
