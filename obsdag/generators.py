@@ -164,8 +164,10 @@ class LoopRunner(_GeneratorRunner):
         return items
 
     def _pulled(self, execution: Execution, pull: Pull, items: Iterable[Context]) -> None:
-        self.shell.run.pulled(execution, pull, items, self.shell.clock())
-        self.shell.pump()
+        shell = self.shell
+        shell.run.pulled(execution, pull, items, shell.clock())
+        if shell.run.dirty:
+            shell.pump()
 
     def _ended(self, execution: Execution, pull: Pull) -> None:
         self.shell.run.pull_ended(execution, pull, self.shell.clock())

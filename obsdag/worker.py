@@ -53,7 +53,7 @@ class Worker:
         worker.
         """
         shell, run, clock = self.shell, self.shell.run, self.shell.clock
-        begin, direct, facts, number = run.begin, shell.direct, run.facts, self.number
+        begin, direct, facts, number, width = run.begin, shell.direct, run.facts, self.number, shell.width
         handle = asyncio.current_task()
         assert handle is not None
         now = clock()
@@ -68,9 +68,11 @@ class Worker:
                 if type(context) is LoopContext:
                     await shell.drive_pull(context, self)
                     now = clock()
+                    if shell.free and run.queue.size:
+                        shell.wake_worker()
             while (execution := begin(context, now, number)) is not None:
                 execution.handle = handle
-                if context._ready and (not shell.width or self.runners < shell.width):
+                if context._ready and (not width or self.runners < width):
                     self.runners += 1
                     shell.spawn(self._work(context), None)
                 call = direct[execution.index]
