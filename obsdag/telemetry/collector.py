@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from time import perf_counter
+from types import MethodType
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from prometheus_client.core import (
@@ -30,7 +31,7 @@ from obsdag.telemetry.histogram import Buckets
 from obsdag.telemetry.metric_specs import METRICS
 from obsdag.telemetry.selfstats import ALL_DAGS, SelfStats, StatsPart
 from obsdag.telemetry.specs import COMMON_LABELS, MetricSpec
-from obsdag.telemetry.totals import Labels, Say, Totals, clean
+from obsdag.telemetry.totals import Labels, Say, Totals, clean, say_line
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -88,11 +89,11 @@ class EngineOptions(NamedTuple):
 class Engine:
     """All that reports under one engine name: the books of its DAGs, and what telemetry counts about itself."""
 
-    def __init__(self, name: str, options: EngineOptions, version: str, say: Say) -> None:
+    def __init__(self, name: str, options: EngineOptions, version: str, say: Say | None) -> None:
         self.name = name
         self.options = options
         self._version = version
-        self._say = say
+        self._said_by = _weakly(say)
         self._buckets = Buckets(options.bounds)
         self._lock = threading.Lock()
         self._books: dict[str, Book] = {}
@@ -126,6 +127,10 @@ class Engine:
             self._say(event, engine=self.name, dag=dag, **keys)
 
         return Labels(self.options.low, self.options.max_tasks, self.options.max_errors, say)
+
+    def _say(self, event: str, **keys: object) -> None:
+        say = self._said_by() or say_line
+        say(event, **keys)
 
     # --- scrapes
 
@@ -218,6 +223,11 @@ class Engine:
         return samples
 
 
+def _weakly(say: Say | None) -> Callable[[], Say | None]:
+    # a registry lives as long as the process, and must not keep a Telemetry alive by the method that it logs with
+    return weakref.WeakMethod(say) if isinstance(say, MethodType) else lambda: say
+
+
 class SelfStatsOwner(Protocol):
     """Whoever has `stats` that an engine shows; held weakly."""
 
@@ -231,7 +241,7 @@ class Collector:
         self._lock = threading.Lock()
         self._engines: dict[str, Engine] = {}
 
-    def engine(self, name: str, options: EngineOptions, version: str, say: Say) -> Engine:
+    def engine(self, name: str, options: EngineOptions, version: str, say: Say | None) -> Engine:
         """The engine of that name; raises ConfigError if it reports already with other options."""
         label = clean(name)
         with self._lock:

@@ -128,7 +128,7 @@ def _tasks(living: LivingRun, totals: Totals) -> None:
 
 def _waits(living: LivingRun, totals: Totals) -> None:
     totals.add("obsdag_retry_timers", (), living.run.timers_armed)
-    totals.add("obsdag_pending_contexts", (), getattr(living.run, "pending", 0))
+    totals.add("obsdag_pending_contexts", (), living.tally.pending)
     names: dict[Any, str] = getattr(living.run, "limiter_names", {})
     for status in living.run.runtime.limits.snapshot() if names else ():
         limit = status["limit"]

@@ -11,7 +11,7 @@ The way of a number: fact -> `MetricsObserver` (tally: plain lists per run) -> `
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from obsdag.errors import ConfigError
 from obsdag.telemetry.collector import Collector, EngineOptions, collector_of
@@ -35,10 +35,10 @@ class Metrics:
     engine: the `engine` label. registry: a prometheus_client registry (None: the default one). buckets: upper bounds
     in seconds of all histograms (None: DEFAULT_BUCKETS). cardinality: "full", or "low" to leave the `task` label out.
     max_task_labels: tasks (and limiters) told apart per DAG, max_error_types: types of exceptions; the rest is
-    `_other`. stats: the self statistics to show (None: new ones). say: how a warning is logged, `say(event, **keys)`;
-    the registry holds on to it, so it must not belong to the `Telemetry`.
-    Raises ConfigError for values out of range, if the engine reports to the registry with other options already, or if
-    the registry has these metric names from elsewhere.
+    `_other`. stats: the self statistics to show (None: new ones). say: how a warning is logged, `say(event, **keys)`
+    (None: as a line of the logger `obsdag`); a bound method is held weakly. Raises ConfigError for values out of
+    range, if the engine reports to the registry with other options already, or if the registry has these metric names
+    from elsewhere.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Metrics:
         bounds = Buckets(buckets).bounds
         options = EngineOptions(cardinality == "low", bounds, max_task_labels, max_error_types)
         self.collector = collector_of(self.registry)
-        self._engine = self.collector.engine(engine, options, _version(), say or _say)
+        self._engine = self.collector.engine(engine, options, _version(), say)
         self._engine.join(self)
         self.stats.on_kept.append(self._keep)
 
@@ -92,9 +92,3 @@ def _version() -> str:
     from obsdag import __version__
 
     return __version__
-
-
-def _say(event: str, **keys: Any) -> None:
-    from obsdag.telemetry.lines import line_logger
-
-    line_logger().warning(event, **keys)

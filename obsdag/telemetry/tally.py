@@ -102,6 +102,7 @@ class MetricsObserver(Observer):
         self.run: Callable[[], RunState | None] | None = None
         self.started = False
         self.phase = ""
+        self._submitted = self._never_entered = 0
         self._book = book
         self._labels = labels
         self._buckets = buckets
@@ -154,6 +155,7 @@ class MetricsObserver(Observer):
         self._since = dict.fromkeys(range(-1, run.config.context_worker_num), -1.0)
         self.started = False
         self.phase = ""
+        self._submitted = self._never_entered = 0
         for name in getattr(run, "limiter_names", {}).values():
             self._limit(name)
 
@@ -336,12 +338,23 @@ class MetricsObserver(Observer):
 
     # --- serving
 
+    def submitted(self, context: Context, now: float) -> None:
+        """Counts a submission that was accepted."""
+        self._submitted += 1
+
+    @property
+    def pending(self) -> int:
+        """Submissions of the present run that were accepted and have not entered."""
+        return max(0, self._submitted - self._never_entered - sum(self.entered[:1])) if self._submitted else 0
+
     def submit_rejected(self, reason: str, now: float) -> None:
         """Counts what was turned away."""
         _count(self._rejected, reason)
 
     def ticket_done(self, context: Context, outcome: str, took_s: float, now: float) -> None:
         """Counts the time of a submission by its outcome."""
+        if context._run is None:
+            self._never_entered += 1
         self._buckets.observe(self._submit_rows[outcome], took_s)
 
     def result_expired(self, context: Context, now: float) -> None:

@@ -13,10 +13,17 @@ from obsdag.telemetry.histogram import Buckets, Row
 from obsdag.telemetry.metric_specs import METRICS
 from obsdag.telemetry.specs import NO_TASK, OTHER, MetricSpec
 
-__all__ = ["CappedLabel", "Labels", "Say", "Totals", "clean"]
+__all__ = ["CappedLabel", "Labels", "Say", "Totals", "clean", "say_line"]
 
 Say = Callable[..., Any]
 """Says a warning: `say(event, **keys)`."""
+
+
+def say_line(event: str, **keys: Any) -> None:
+    """Says a warning as a line of the logger `obsdag`."""
+    from obsdag.telemetry.lines import line_logger
+
+    line_logger().warning(event, **keys)
 
 
 def clean(text: str) -> str:

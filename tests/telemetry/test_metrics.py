@@ -21,6 +21,7 @@ from obsdag.telemetry.catalogue import ALL_DAGS, METRICS, MetricSpec, metric
 from obsdag.telemetry.histogram import DEFAULT_BUCKETS
 from obsdag.telemetry.metrics import SAMPLE_EVERY, Metrics
 from obsdag.telemetry.selfstats import Kept, SelfStats
+from obsdag.testing.telemetry import capture_logs
 from tests.telemetry.corerun import EPOCH, CoreRun, chain
 from tests.telemetry.scrapes import Reports, scrape, text
 
@@ -447,17 +448,45 @@ def test_self_statistics_are_shown_by_dag_and_for_the_whole() -> None:
     assert (stats.dropped["traces", "queue_full"], stats.traces["ratio"], stats.seconds["traces"]) == (3, 1, 0.5)
 
 
-def test_self_statistics_of_a_telemetry_that_is_gone_stay() -> None:
+class Speaker:
+    """What a `Telemetry` logs with, and what it owns."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.heard: list[str] = []
+        self.metrics = Metrics(registry=registry, max_task_labels=1, say=self.say)
+
+    def say(self, event: str, **keys: Any) -> None:
+        self.heard.append(event)
+
+
+def test_a_registry_does_not_keep_a_telemetry_alive_but_what_it_counted() -> None:
     registry = CollectorRegistry()
-    metrics = Metrics(registry=registry)
-    metrics.stats.drop("traces", "shutdown", 5)
-    gone = weakref.ref(metrics)
-    del metrics
+    speaker = Speaker(registry)
+    speaker.metrics.stats.drop("traces", "shutdown", 5)
+    gone = weakref.ref(speaker.metrics)
+    del speaker
     gc.collect()
 
-    assert gone() is None, "a registry must not keep a Telemetry alive"
+    assert gone() is None
     for _ in range(2):
         assert scrape(registry).value("obsdag_telemetry_dropped_total", signal="traces", reason="shutdown") == 5
+
+
+def test_warnings_are_said_by_the_telemetry_while_it_lives_and_by_the_logger_after_it() -> None:
+    registry = CollectorRegistry()
+    speaker = Speaker(registry)
+    speaker.metrics.declare(chain("a", "b", dag="one").build())
+    assert speaker.heard == ["telemetry.labels_capped"]
+    later = Metrics(registry=registry, max_task_labels=1)
+    del speaker
+    gc.collect()
+
+    with capture_logs() as lines:
+        later.declare(chain("a", "b", dag="two").build())
+
+    assert [(line["event"], line["dag"], line["label"]) for line in lines] == [
+        ("telemetry.labels_capped", "two", "task")
+    ]
 
 
 def test_the_share_of_time_is_measured_on_a_sample_of_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -533,3 +533,18 @@ def test_facts_of_pools_services_and_serving_are_counted() -> None:
     assert seen.value("obsdag_bypassed_tasks_total") == 4
     run.end()
     assert reports.scrape().by("phase", "obsdag_phase") == {"stopped": 1}
+
+
+def test_accepted_submissions_are_pending_until_they_enter_or_end_without() -> None:
+    reports = Reports()
+    run = CoreRun()
+    run.observe(reports.metrics.observer(run.state))
+    waiting = [Context() for _ in range(4)]
+    for context in waiting:
+        run.tell("submitted", context, run.now)
+    run.state.accept(waiting[0], run.now)
+    run.tell("ticket_done", waiting[1], "cancelled", 1.0, run.now)
+
+    assert reports.scrape().value("obsdag_pending_contexts") == 2
+    run.end("cancelled")
+    assert reports.scrape().value("obsdag_pending_contexts") == 0
