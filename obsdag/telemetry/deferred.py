@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from opentelemetry.context import Context as OtelContext
-from opentelemetry.context import attach, detach, get_current
+from opentelemetry.context import get_current
 from opentelemetry.trace import get_current_span
 
-from obsdag.core.states import State
+from obsdag.core.states import LANES, State
 from obsdag.telemetry.carrier import Caller, without_span
 from obsdag.telemetry.keeping import Keeper
 from obsdag.telemetry.materialize import MAX_LINKS, build_run_span, error_text
@@ -25,8 +24,12 @@ from obsdag.telemetry.records import (
     ExecutionSpan,
     Part,
     RootTrace,
+    TraceContext,
+    clear_current,
+    make_current,
     new_span_id,
     new_trace_id,
+    record_of,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ __all__ = ["DeferredTracer"]
 WAIT_SPAN_S: Final = 0.1
 """A stay in a waiting state becomes a span from this length on."""
 _RUNNING: Final = State.RUNNING.value
+_LOOP_LANE: Final = LANES.index("loop")
 
 
 class DeferredTracer(Keeper):
@@ -58,6 +62,7 @@ class DeferredTracer(Keeper):
             self.run_parent = caller
             self.run_trace_id = caller.trace_id
         self._started = now
+        self._odd = bool(self._base or self.plan.loops or self.plan.joins)
         self._pipeline.opened(self)
 
     def run_finished(self, run: RunState, outcome: str, duration_s: float, now: float) -> None:
@@ -68,6 +73,7 @@ class DeferredTracer(Keeper):
         if self._kept_any or followed or outcome != "ok" or self.is_sampled(self.run_trace_id):
             span = build_run_span(self, outcome, self._started, now)
             self._pipeline.submit(lambda: self._pipeline.emit(span))
+        self._tell_dropped()
         room, self.room = self.room, 0
         self._pipeline.give_places(room)
         self._pipeline.closed(self)
@@ -88,6 +94,7 @@ class DeferredTracer(Keeper):
                 root.open += 1
                 return
         root = RootTrace(self, context._id, now, self._most)
+        root.hot, root.odd = self._hot, self._odd
         given = context._trace
         context._trace = ContextTrace(root, context._id, None, True)
         self.room -= 1
@@ -104,8 +111,10 @@ class DeferredTracer(Keeper):
             more.links.append(("maker", made_by.trace_id, made_by.id))
             above = made_by.trace.root.more
             more.base = above.base if above is not None else None
+            root.odd |= more.base is not None
         if type(given) is Caller:
             more.caller, more.base = given, given.base
+            root.odd = True
             if given.parent is not None:
                 root.trace_id = given.parent.trace_id
             sampled = given.span_context is not None and given.span_context.trace_flags.sampled
@@ -126,8 +135,7 @@ class DeferredTracer(Keeper):
         root.open -= 1
         if trace.top:
             plain = self._is_plain(root, outcome, now)
-            if plain and root.open == 0 and root.decision is None:
-                self._drop(root)
+            if plain and root.open == 0 and root.decision is None and self._drop(root):
                 return
             self._note_end(root, context, outcome, now, plain)
         if root.open == 0:
@@ -144,7 +152,7 @@ class DeferredTracer(Keeper):
         """Executions that still run on an ended context keep its trace open."""
         for execution in executions:
             span = execution.span
-            if type(span) is ExecutionSpan and span.token is not None:
+            if type(span) is ExecutionSpan and not span.ended:
                 root = span.trace.root
                 if span not in root.rare().tail:
                     root.rare().tail.add(span)
@@ -189,7 +197,7 @@ class DeferredTracer(Keeper):
     def _trouble(self, root: RootTrace, reason: str, task: str, error_type: str) -> None:
         if not self._keep(root, reason, (task, error_type)) and root.records:
             last = root.records[-1]  # its exception holds frames, and what they hold: text is enough for a ratio
-            if last[0] is not None and isinstance(last[9], BaseException):
+            if type(last) is tuple and last[0] is not None and isinstance(last[9], BaseException):
                 root.records[-1] = (*last[:9], error_text(last[9]))
 
     # --- executions: the hot path
@@ -199,50 +207,35 @@ class DeferredTracer(Keeper):
         trace = execution.context._trace
         root = trace.root
         root.left -= 1
-        if root.left < 0 or (self._special and self._special >> execution.index & 1):
-            trace = self._start_special(execution, trace, now)
-            root = trace.root
-        span = execution.span
-        if span is None:
-            span = execution.span = ExecutionSpan(trace, root.trace_id)
-        if self._base or root.more is not None:
-            span.token = attach(self._context_with(span, root))
-        else:
-            span.token = attach(OtelContext({SPAN_KEY: span}))
+        if root.left < 0 or root.odd:
+            self._start_odd(execution, trace, now)
+            return
+        span = execution.span = ExecutionSpan(trace, root.trace_id)
+        make_current(TraceContext({SPAN_KEY: span}))
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Leaves a record."""
         span = execution.span
-        detach(span.token)
-        span.token = None
+        span.ended = True
         trace = span.trace
         trace.last = span
         root = trace.root
-        root.records.append(
-            (
-                span,
-                execution.index,
-                execution.attempt,
-                execution.started,
-                execution.ended,
-                execution.worker,
-                execution.lane,
-                execution.waits,
-                outcome,
-                error,
-            )
-        )
+        if trace.top and outcome == "success":
+            root.records.append(execution)
+        else:
+            root.records.append(record_of(execution, error))
         self.room -= 1
-        if self.room < 0 or root.hot or self._slow_tasks is not None:
+        if root.hot or self.room < 0:
             self._after(execution, span, root, now)
 
-    def _context_with(self, span: ExecutionSpan, root: RootTrace) -> OtelContext:
-        """The span in the run's baggage, or in that of whoever submitted the root."""
-        base = root.more.base if root.more is not None and root.more.base is not None else self._base
-        return OtelContext({**base, SPAN_KEY: span})
+    def visit_finished(self, context: Context, worker: int, busy_s: float, now: float) -> None:
+        """What was current before the visit's executions is current again (E17)."""
+        clear_current()
 
     def _after(self, execution: Execution, span: ExecutionSpan, root: RootTrace, now: float) -> None:
         """What is more than a record: a full buffer, a kept trace, an end that was waited for, a slow task."""
+        if execution.lane == _LOOP_LANE:
+            clear_current()  # a pull is no visit, so nobody does it later
         if self.room < 0 and not self._refill(reserve=execution.outcome not in ("success", None)):
             self._lose_last(root)
         if self._slow_tasks is not None:
@@ -288,21 +281,24 @@ class DeferredTracer(Keeper):
         if len(spans) < MAX_LINKS:
             spans.append(span)
 
-    def _start_special(self, execution: Execution, trace: ContextTrace, now: float) -> ContextTrace:
-        """A long trace goes on in a new one; a loop's pull is a trace of its own; a join gets its links."""
+    def _start_odd(self, execution: Execution, trace: ContextTrace, now: float) -> None:
+        """A long trace goes on in a new one, a pull has one of its own, a join gets its links, baggage is carried."""
         root, bit = trace.root, self.plan.bit[execution.index]
         if root.left < 0:
             self._continue(root, now)
         if bit & self.plan.loops:
-            trace = self._start_pull(execution, trace, now)
+            trace = self._start_pull(trace, now)
             root = trace.root
-        if bit & self.plan.joins and root.more is not None:
-            arrived = root.more.joins.get(id(trace), {}).get(execution.index)
+        span = execution.span = ExecutionSpan(trace, root.trace_id)
+        more = root.more
+        if more is not None and more.pull == "open":
+            more.tail.add(span)
+        if more is not None and bit & self.plan.joins:
+            arrived = more.joins.get(id(trace), {}).get(execution.index)
             if arrived is not None:
-                span = execution.span = ExecutionSpan(trace, root.trace_id)
-                details = span.detail()
-                details.upstream, details.upstream_count = list(arrived[0]), arrived[1][0]
-        return trace
+                span.detail().upstream, span.detail().upstream_count = list(arrived[0]), arrived[1][0]
+        base = more.base if more is not None and more.base is not None else self._base
+        make_current(TraceContext({**base, SPAN_KEY: span}))
 
     def _continue(self, root: RootTrace, now: float) -> None:
         more = root.rare()
@@ -311,24 +307,21 @@ class DeferredTracer(Keeper):
         root.trace_id, root.span_id, root.left = new_trace_id(), new_span_id(), self._most - 1
         more.parts.append(Part(root.trace_id, root.span_id, now))
 
-    def _start_pull(self, execution: Execution, trace: ContextTrace, now: float) -> ContextTrace:
+    def _start_pull(self, trace: ContextTrace, now: float) -> ContextTrace:
         """A trace for one pull; the item that it gives adopts it."""
         before = self._pulls.get(id(trace))
         number = 1 if before is None else before.rare().iteration + 1
         self._end_pull(id(trace), now)
         trace.root.left += 1
         root = RootTrace(self, trace.raw_id, now, self._most - 1)
-        root.hot = True
+        root.hot = root.odd = True
         self.room -= 1
         more = root.rare()
         more.pull, more.iteration = "open", number
         more.base = trace.root.more.base if trace.root.more is not None else None
         more.links.append(("input", trace.root.trace_id, trace.root.span_id))
         self._pulls[id(trace)] = root
-        pull = ContextTrace(root, trace.raw_id, None, False)
-        span = execution.span = ExecutionSpan(pull, root.trace_id)
-        more.tail.add(span)
-        return pull
+        return ContextTrace(root, trace.raw_id, None, False)
 
     def _adopt(self, context: Context, made_by: ExecutionSpan) -> bool:
         """The first item of a pull is what its trace is about; False for further ones, and for what no pull made."""

@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanContext
 from obsdag.core.observer import Observer
 from obsdag.core.states import STATES
 from obsdag.telemetry.materialize import error_text, stack_text
-from obsdag.telemetry.records import ContextTrace, RootTrace, new_span_id, new_trace_id
+from obsdag.telemetry.records import ContextTrace, RootTrace, new_span_id, new_trace_id, taken
 from obsdag.telemetry.sampling import ratio_bound
 
 if TYPE_CHECKING:
@@ -89,10 +89,13 @@ class Keeper(Observer):
         self._slow_s = float(slow_after) if isinstance(slow_after, int | float) else None
         self._quantile = pipeline.quantile_of(self.dag) if slow_after == "p99" else None
         self._slow_tasks = _slow_tasks(run.plan.tasks)
-        self._special = run.plan.loops | run.plan.joins
+        self._hot = self._slow_tasks is not None or bool(run.plan.loops | run.plan.maps)
+        self._odd = False
         self._base: OtelContext = OtelContext()
         self.run_parent: SpanContext | None = None
         self._started = 0.0
+        self._hunts = self._slow_s is not None or self._quantile is not None
+        self._dropped = 0
         self._kept_any = False
         self._pulls: dict[int, RootTrace] = {}
 
@@ -160,21 +163,39 @@ class Keeper(Observer):
         parent = caller.parent if caller is not None else None
         return self._follow and parent is not None and not parent.trace_flags.sampled
 
-    def _drop(self, root: RootTrace) -> None:
-        """Forgets an undecided trace."""
-        with self.lock:
-            if root.decision is not None:  # the hunt for slow ones came first
-                return
-            over = root.more is not None and root.more.over
-            root.decision = "over_budget" if over else "dropped"
-        self.stats.decide(root.decision, dag=self.dag)
+    def _drop(self, root: RootTrace) -> bool:
+        """Forgets an undecided trace; False if the hunt for slow ones has kept it a moment ago."""
+        more = root.more
+        if more is None and not self._hunts:
+            root.decision = "dropped"
+        else:
+            with self.lock:
+                if root.decision is not None:
+                    return False
+                root.decision = "over_budget" if more is not None and more.over else "dropped"
+        if root.decision == "dropped":
+            self._dropped += 1
+        else:
+            self.stats.decide(root.decision, dag=self.dag)
+        if more is not None:
+            self._forget(root)
         self.room += len(root.records) + 1
         root.records.clear()
-        if root.more is not None:
-            self._forget(root)
+        if self._dropped >= BLOCK or self.room > 2 * BLOCK:
+            self._tidy()
+        return True
+
+    def _tidy(self) -> None:
+        """What is done for many roots at once: telling how many were dropped, giving places back."""
+        self._tell_dropped()
         if self.room > 2 * BLOCK:
             self._pipeline.give_places(self.room - BLOCK)
             self.room = BLOCK
+
+    def _tell_dropped(self) -> None:
+        dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self.stats.decide("dropped", dropped, dag=self.dag)
 
     def _forget(self, root: RootTrace) -> None:
         more = root.rare()
@@ -208,6 +229,7 @@ class Keeper(Observer):
     def _finish(self, root: RootTrace) -> None:
         with self.lock:
             root.rare().finished = True
+            root.records[:] = taken(root.records)  # from here on nothing may keep the context's data alive
             _release_user_spans(root)
         self._pipeline.kept(root)
 
@@ -254,7 +276,7 @@ class Keeper(Observer):
     @property
     def hunts_slow(self) -> bool:
         """Whether contexts that are still under way can be slow."""
-        return self._slow_s is not None or self._quantile is not None
+        return self._hunts
 
     def hunt(self) -> None:
         """Keeps roots that have been under way for longer than `slow_after`, so that one that hangs is seen."""

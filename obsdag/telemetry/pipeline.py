@@ -25,6 +25,7 @@ from opentelemetry.context import attach, detach
 
 from obsdag.core.states import LANES, State
 from obsdag.telemetry.materialize import build_marker, build_spans
+from obsdag.telemetry.records import taken
 from obsdag.telemetry.sampling import KeepBudget, RunningQuantile
 from obsdag.telemetry.selfstats import Kept
 
@@ -270,8 +271,7 @@ class Pipeline:
         more = root.rare()
         with self.lock:
             more.scheduled = False
-            records = root.records[:]
-            del root.records[: len(records)]
+            records = taken(root.records)
             held, more.held = more.held, []
             units, more.units = more.units, 0
             finished, more.finished = more.finished, False

@@ -1,10 +1,10 @@
 """Tracing: how traces are sampled and where they go (TELEMETRY sections 2 and 3). The parts stand beside it:
 
-records      ids, one compact record per execution and root       carrier    W3C trace context in and out
-deferred     the observer that records and decides                live       the observer for a host's own tracer
-provider sampling     ratio, keep budget, running quantile                 hold       users' own spans share the
-decision materialize  from records to SDK spans                            export     OTLP, counting what is lost
-pipeline     bounded buffer, thread, flush with a deadline
+records      ids, what is kept of executions and roots     carrier   W3C trace context in and out
+deferred     the observer that records                     live      the observer for a host's own tracer provider
+keeping      its decisions                                 hold      users' own spans share the decision
+sampling     ratio, keep budget, running quantile          export    OTLP, counting what is lost
+materialize  from records to SDK spans                     pipeline  bounded buffer, thread, flush with a deadline
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class Tracing:
         return "off" if isinstance(provider, trace.ProxyTracerProvider | trace.NoOpTracerProvider) else "live"
 
     async def flush(self, timeout_s: float = FLUSH_S) -> bool:
-        """Exports what is kept, in a thread; False if that took longer than `timeout_s`. Returns at once if nothing is."""
+        """Exports what is kept, in a thread; False if that took longer than `timeout_s`. At once if nothing is."""
         loop = asyncio.get_running_loop()
         came: asyncio.Future[None] = loop.create_future()
 
