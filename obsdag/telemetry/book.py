@@ -38,8 +38,10 @@ ExemplarRow = list["Kept | None"]
 
 
 class Book:
-    """Counts of all runs of one (engine, dag). Safe to use from any thread; the lock is held for plain arithmetic
-    only.
+    """Counts of all runs of one (engine, dag). Safe to use from any thread.
+
+    The lock is held for arithmetic, and for the few milliseconds that a scrape may wait for a transition to end. Runs
+    that begin and end take it, counting does not.
     """
 
     def __init__(self, dag: str, labels: Labels, buckets: Buckets) -> None:
