@@ -1,8 +1,9 @@
 """A context: one unit of data on its way through a DAG. Data, tree and progress; no scheduling (SEMANTICS section 3).
 
-Who may touch what. Public methods may be called from any thread. Everything with a leading underscore below `_run` belongs to the
-core of the run that the context is in and is changed on that run's thread only; `freeze`, `thaw` and `destroy` hand themselves over to
-it. The data dict is only ever touched by single dict operations, which are atomic; `lock` is there for more than that.
+Who may touch what. Public methods may be called from any thread. Everything with a leading underscore below `_run`
+belongs to the core of the run that the context is in and is changed on that run's thread only; `freeze`, `thaw` and
+`destroy` hand themselves over to it. The data dict is only ever touched by single dict operations, which are atomic;
+`lock` is there for more than that.
 
 Progress is integers over the plan's bit masks (ARCHITECTURE, idea 4):
     _done      completed or skipped tasks                       _running   tasks with an execution on this context
@@ -92,7 +93,9 @@ if TYPE_CHECKING:
 else:
 
     class _Mapping:
-        """The mixin methods of MutableMapping without its metaclass: isinstance of an ABC costs 0.4 us, on every return."""
+        """The mixin methods of MutableMapping without its metaclass: isinstance of an ABC costs 0.4 us, on every
+        return.
+        """
 
         __slots__ = ()
 
@@ -110,8 +113,8 @@ else:
 class Context(_Mapping):
     """One unit of data (SEMANTICS C1): a mutable mapping, the same in async and sync tasks.
 
-    runtime: the Runtime that counts it, or None. data: a mapping or pairs to start with. name: becomes its id when given.
-    Two contexts are equal only if they are the same object, and a context is true even when it is empty.
+    runtime: the Runtime that counts it, or None. data: a mapping or pairs to start with. name: becomes its id when
+    given. Two contexts are equal only if they are the same object, and a context is true even when it is empty.
     """
 
     _done: int
@@ -421,7 +424,9 @@ class LoopContext(Context):
 
 
 class RateLimitContext(Context):
-    """"Not run, a limit was met": returned by a task, runs it again on `context` after `delay` seconds (> 0), no attempt."""
+    """Says "not run, a limit was met": returned by a task, runs it again on `context` after `delay` seconds (> 0), no
+    attempt.
+    """
 
     __slots__ = ("context", "delay")
 

@@ -38,7 +38,9 @@ class Pools:
         """The process pool. Raises ConfigError, naming the task that wants it, if there is to be none."""
         size = self._config.process_pool_worker_num
         if not size:
-            raise ConfigError(f"task {task!r} runs in a process: set ExecutorConfig.process_pool_worker_num to 1 or more")
+            raise ConfigError(
+                f"task {task!r} runs in a process: set ExecutorConfig.process_pool_worker_num to 1 or more"
+            )
         if self.process is None:
             from obsdag.pools import ProcessPool
 
@@ -67,7 +69,7 @@ class Pools:
         self._tell("pool_rebuilt", pool, reason)
 
     def _tell(self, fact: str, *arguments: Any) -> None:
-        for facts in list(self.listeners):
-            tell = getattr(facts, fact)
+        if self.listeners:  # what happens to a pool belongs to no run: it is told once, to the newest
+            tell = getattr(self.listeners[-1], fact)
             if tell is not None:
                 tell(*arguments)

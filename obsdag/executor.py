@@ -1,4 +1,6 @@
-"""`Executor`: a DAG, its configuration and its pools; `run` and `stream` open a run and see it to its end (SEMANTICS section 5)."""
+"""`Executor`: a DAG, its configuration and its pools; `run` and `stream` open a run and see it to its end (SEMANTICS
+section 5).
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,10 @@ __all__ = ["Executor", "OutputStream", "RunResult"]
 class RunResult(list[OutputContext]):
     """The outputs of a run in order of completion (E2).
 
-    failures: contexts that failed, with task, attempts and exception. counts: `entered` and each outcome to its number.
-    stalled: why contexts could not go on. duration_s: seconds from the first input to the last outcome.
-    cleanup_errors: what shutdown hooks and closing raised, as (what, exception). abandoned: threads and tasks that did not
-    end when they were told to, in words.
+    failures: contexts that failed, with task, attempts and exception. counts: `entered` and each outcome to its
+    number. stalled: why contexts could not go on. duration_s: seconds from the first input to the last outcome.
+    cleanup_errors: what shutdown hooks and closing raised, as (what, exception). abandoned: threads and tasks that did
+    not end when they were told to, in words.
     """
 
     def __init__(self) -> None:
@@ -102,8 +104,8 @@ class OutputStream(AsyncIterator[OutputContext]):
 class Executor:
     """Runs a DAG (seed: `Executor(dag, runtime=None, config=None)`); an unbuilt DAG is built.
 
-    State belongs to runs: an executor may run again, and several times at once. `async with executor:` keeps its pools over
-    several runs (E18). Raises GraphError, ConfigError.
+    State belongs to runs: an executor may run again, and several times at once. `async with executor:` keeps its pools
+    over several runs (E18). Raises GraphError, ConfigError.
     """
 
     def __init__(self, dag: DAG, runtime: Runtime | None = None, config: ExecutorConfig | None = None) -> None:
@@ -129,10 +131,10 @@ class Executor:
     async def run(self, input_context: Inputs = None) -> RunResult:
         """Runs the inputs to their end and returns the outputs (E2).
 
-        input_context: a context, a list of contexts, None for one empty context; also a mapping, or an iterable or async
-        iterable of mappings or contexts, which is pulled from as the run has room.
-        Raises ValueError (InputError, ContextError) for other input, RunFailed with on_failure="raise", DeadlineExceeded, and
-        what an input iterator raises.
+        input_context: a context, a list of contexts, None for one empty context; also a mapping, or an iterable or
+        async iterable of mappings or contexts, which is pulled from as the run has room. Raises ValueError
+        (InputError, ContextError) for other input, RunFailed with on_failure="raise", DeadlineExceeded, and what an
+        input iterator raises.
         """
         result = RunResult()
         shell = self._open_shell("run", open_inputs(input_context))
@@ -188,8 +190,6 @@ class Executor:
 
     def _observers(self, shell: RunShell) -> list[Observer]:
         """Telemetry's observers, or, without any, those that log warnings and errors; then the user's own."""
-        from obsdag.telemetry import default_observers
-
         telemetry = self.config.telemetry
         found = default_observers(shell.run) if telemetry is None else telemetry.observers(shell.run, self._pools)
         return [*found, *self.config.observers]
@@ -267,8 +267,8 @@ class Executor:
     async def check_get_context(self, timeout: float | None = None, use_counter: bool = True) -> AsyncIterator[Context]:
         """The next context of the active run, for a worker of one's own; inside the block it counts as running.
 
-        A StopContext when the runtime counts none living (with `use_counter`) or no run is active. Raises TimeoutError when
-        none came within `timeout` seconds.
+        A StopContext when the runtime counts none living (with `use_counter`) or no run is active. Raises TimeoutError
+        when none came within `timeout` seconds.
         """
         async with asyncio.timeout(timeout):
             shell, context = await self._next_of_mine(use_counter)

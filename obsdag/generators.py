@@ -1,8 +1,9 @@
 """Streams, loops and maps: tasks around generators (SEMANTICS T5, T14).
 
-A generator function without parameters (seed) is started up to its first `yield` and then sent the context; one with a parameter is
-given it. What follows is the same: each `yield` gives out contexts, and receives the next one. Sync generators run in a thread (or
-on the loop, in the foreground kinds), one step at a time, so no two threads are ever in the same generator.
+A generator function without parameters (seed) is started up to its first `yield` and then sent the context; one with a
+parameter is given it. What follows is the same: each `yield` gives out contexts, and receives the next one. Sync
+generators run in a thread (or on the loop, in the foreground kinds), one step at a time, so no two threads are ever in
+the same generator.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ class StreamRunner(_GeneratorRunner):
         self.generator: Any = None
 
     async def run(self, execution: Execution) -> Finished:
-        """Sends the context in and takes what comes out; a generator that broke or ended is made anew for the next one."""
+        """Sends the context in and takes what comes out; a generator that broke or ended is made anew for the next
+        one.
+        """
         context = execution.context
         generator = self.generator
         try:
@@ -92,7 +95,9 @@ class StreamRunner(_GeneratorRunner):
             else:
                 item = await self._step(execution, generator, context)
             if item is _END:
-                raise TaskError(f"the generator of stream task {self.task.id!r} ended before it gave anything for this context")
+                raise TaskError(
+                    f"the generator of stream task {self.task.id!r} ended before it gave anything for this context"
+                )
         except BaseException as error:
             self.generator = None
             self._lost(error)
@@ -160,7 +165,9 @@ class LoopRunner(_GeneratorRunner):
         items = item if isinstance(item, list | tuple) else () if item is None else (item,)
         for each in items:
             if not isinstance(each, Context):
-                raise TaskError(f"loop task {self.task.id!r} yielded {each!r:.80}; it yields contexts, or lists of them")
+                raise TaskError(
+                    f"loop task {self.task.id!r} yielded {each!r:.80}; it yields contexts, or lists of them"
+                )
         return items
 
     def _pulled(self, execution: Execution, pull: Pull, items: Iterable[Context]) -> None:
@@ -191,11 +198,15 @@ class MapRunner(LoopRunner):
         assert func is not None
         made = await self.runners.call(execution, self.task, func, execution.context)
         if isinstance(made, Mapping | str | bytes):
-            raise TaskError(f"map task {self.task.id!r} returned {made!r:.80}; it returns an iterable of contexts or mappings")
+            raise TaskError(
+                f"map task {self.task.id!r} returned {made!r:.80}; it returns an iterable of contexts or mappings"
+            )
         if hasattr(made, "__aiter__"):
             return aiter(made)
         if made is None or not isinstance(made, Iterable):
-            raise TaskError(f"map task {self.task.id!r} returned {made!r:.80}; it returns an iterable of contexts or mappings")
+            raise TaskError(
+                f"map task {self.task.id!r} returned {made!r:.80}; it returns an iterable of contexts or mappings"
+            )
         return iter(made)
 
     async def _first_item(self, execution: Execution, pull: Pull) -> Any:
@@ -238,5 +249,3 @@ def _sync_step(generator: Iterator[Any], value: Any) -> Any:
         return generator.send(value)  # type: ignore[attr-defined]
     except StopIteration:
         return _END
-
-

@@ -1,8 +1,9 @@
-"""How an execution of each kind of task is run: called, timed, handed to a thread or process, and its result told to the core.
+"""How an execution of each kind of task is run: called, timed, handed to a thread or process, and its result told to
+the core.
 
-A runner is an async function of the execution that returns what is to be called when it is over (`shell.finish` with the result, as
-a rule), so that everything up to there happens inside the shell's one try block. Each run has its own copies of its tasks (SEMANTICS
-T10), made and started up before their first execution.
+A runner is an async function of the execution that returns what is to be called when it is over (`shell.finish` with
+the result, as a rule), so that everything up to there happens inside the shell's one try block. Each run has its own
+copies of its tasks (SEMANTICS T10), made and started up before their first execution.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ Runner = Callable[[Execution], Awaitable[Finished]]
 
 
 class JoinChildren(list[Context]):
-    """What a join is called with: the children that arrived, in order of creation; `failed` and `dropped` hold the others."""
+    """What a join is called with: the children that arrived, in order of creation; `failed` and `dropped` hold the
+    others.
+    """
 
     failed: list[Context]
     dropped: list[Context]
@@ -280,7 +283,8 @@ class Runners:
 
     async def _make(self, execution: Execution, pool: ResourcePool) -> None:
         shell, grant = self.shell, execution.grant
-        assert grant is not None and pool.factory is not None
+        assert grant is not None
+        assert pool.factory is not None
         book = shell.run.runtime.limits
         try:
             if inspect.iscoroutinefunction(pool.factory):
@@ -294,7 +298,9 @@ class Runners:
             if not isinstance(error, Exception):
                 raise
             name = shell.run.limiter_names.get(pool, "")
-            raise ResourceError(f"task {execution.task.id!r}: pool {name!r} could not make a resource: {error}") from error
+            raise ResourceError(
+                f"task {execution.task.id!r}: pool {name!r} could not make a resource: {error}"
+            ) from error
         if not book.resource_made(grant, pool, item, shell.clock()) and pool.close is not None:
             await self.release((pool.close, item))
 
@@ -387,5 +393,3 @@ def _starts_up(task: Task) -> bool:
     if type(task).__name__.endswith("ShutdownTask"):
         return callable(getattr(func, "startup", None))
     return hasattr(task, "startup")
-
-

@@ -1,7 +1,7 @@
 """What executors share: a `Runtime` counts living contexts and holds the state of limits.
 
-Executors that are given the same runtime share its limits (SEMANTICS T7) and its counter (E14); without one, an executor makes
-its own.
+Executors that are given the same runtime share its limits (SEMANTICS T7) and its counter (E14); without one, an
+executor makes its own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class _Counting(Protocol):
 class Runtime:
     """Shared ground of executors. Safe to use from several threads and event loops.
 
-    A run counts its own contexts, which costs nothing here; what is made with `Context(runtime)` and not in a run yet is
-    counted by a token that gives itself back when the context enters, ends, or is garbage.
+    A run counts its own contexts, which costs nothing here; what is made with `Context(runtime)` and not in a run yet
+    is counted by a token that gives itself back when the context enters, ends, or is garbage.
     """
 
     __slots__ = ("__weakref__", "_lock", "_made", "_runs", "limits")

@@ -472,7 +472,9 @@ class ServeExecutor(Executor):
 
     # --- shortcuts, and the names of the earlier system
 
-    async def execute(self, context_or_data: Context | Mapping[str, Any] | None = None, **options: Any) -> OutputContext:
+    async def execute(
+        self, context_or_data: Context | Mapping[str, Any] | None = None, **options: Any
+    ) -> OutputContext:
         """`submit` and `result` in one; cancelled with its caller. options: those of `submit`. Raises what both raise."""
         ticket = await self.submit(context_or_data, **options)
         try:

@@ -1,8 +1,8 @@
 """Services: one long-running function that is fed by a queue of `(context, future)` (SEMANTICS T5, T14).
 
-A context that waits for a service holds no worker. The service answers by setting the future, in any order, when it likes; an answer
-that nobody wants any more is ignored. At the run's end it is sent `(StopContext(), future)`; one that ignores it is cancelled.
-A service that dies fails what was in it, and is started anew by the next context.
+A context that waits for a service holds no worker. The service answers by setting the future, in any order, when it
+likes; an answer that nobody wants any more is ignored. At the run's end it is sent `(StopContext(), future)`; one that
+ignores it is cancelled. A service that dies fails what was in it, and is started anew by the next context.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "ServiceRunner", "ThreadAnswer", "ThreadInbox"]
 
 _CLOSED: Any = object()
+_LAST_S = 1.0
 
 
 class Answer(asyncio.Future[Any]):
@@ -77,7 +78,9 @@ class ThreadAnswer:
 
 
 class ThreadInbox(queue.Queue[Any]):
-    """The queue of a thread service. When it is closed, `get` gives what is left and then ends the thread by SystemExit."""
+    """The queue of a thread service. When it is closed, `get` gives what is left and then ends the thread by
+    SystemExit.
+    """
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next `(context, future)`. Raises queue.Empty as usual, SystemExit when the service is to end."""
@@ -188,14 +191,15 @@ class ServiceRunner:
             return
         self.body = None
         error = None if body.cancelled() else body.exception()
-        if not self.waiting:
-            if error is None:
-                return
+        if not self.waiting and error is None:
+            return
         tell = self.shell.run.facts.task_restarted
         if tell is not None:
             tell(self.task, "thread" if self.threaded else "service", error)
         for answer in list(self.waiting):
-            failure = ServiceError(f"service {self.task.id!r} ended before it answered{f': {error!r}' if error else ''}")
+            failure = ServiceError(
+                f"service {self.task.id!r} ended before it answered{f': {error!r}' if error else ''}"
+            )
             failure.__cause__ = error
             answer.set_exception(failure)
 
@@ -211,8 +215,8 @@ class ServiceRunner:
         if self.threaded:
             self.inbox.put_nowait(_CLOSED)
             await asyncio.wait([body], timeout=max(grace, 0.1))
-            while body.done() and self.thread is not None and self.thread.is_alive():
-                await asyncio.sleep(0)  # its last instructions
+            if body.done() and self.thread is not None:
+                self.thread.join(_LAST_S)  # it has told that it is over; these are its last instructions
         else:
             await asyncio.wait([body, answer], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         answer.cancel()

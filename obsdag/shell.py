@@ -1,11 +1,14 @@
-"""The asyncio shell around one run of the pure core: it runs user functions, keeps the timer, owns what must be cleaned up.
+"""The asyncio shell around one run of the pure core: it runs user functions, keeps the timer, owns what must be
+cleaned up.
 
-Everything here happens on the run's thread, except `nudge` and `dispatch`, which carry calls from other threads to it. The shell
-decides nothing about contexts; it tells `RunState` what happened and does what that leaves in `cancels`, `closed_pulls`, `closings`.
+Everything here happens on the run's thread, except `nudge` and `dispatch`, which carry calls from other threads to it.
+The shell decides nothing about contexts; it tells `RunState` what happened and does what that leaves in `cancels`,
+`closed_pulls`, `closings`.
 
-The end of a run, by steps (`RunShell.finish_run`): 1. the core stops what still lives, if the run ends early; 2. executions are
-cancelled, again and again until `shutdown_grace`, then abandoned and reported; 3. generators and services are closed; 4. shutdown hooks;
-5. limits are detached and their resources closed; 6. pools are closed; 7. the core closes its books.
+The end of a run, by steps (`RunShell.finish_run`): 1. the core stops what still lives, if the run ends early; 2.
+executions are cancelled, again and again until `shutdown_grace`, then abandoned and reported; 3. generators and
+services are closed; 4. shutdown hooks; 5. limits are detached and their resources closed; 6. pools are closed; 7. the
+core closes its books.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ from obsdag.worker import Worker
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
-    from obsdag.graph import DAG
     from obsdag.engine_pools import Pools
+    from obsdag.graph import DAG
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
 
@@ -175,7 +178,11 @@ class RunShell:
             self._wake_takers()
         if self.free:
             pulls = run.queue.loop or run.rooms
-            if run.queue.size or (self.inputs is not None and run.has_room) or (pulls and (run.has_room or not run.moving())):
+            if (
+                run.queue.size
+                or (self.inputs is not None and run.has_room)
+                or (pulls and (run.has_room or not run.moving()))
+            ):
                 self.wake_worker()
         if self.feeding is not None and run.has_room:
             self.wanted.set()
@@ -260,7 +267,9 @@ class RunShell:
         token = current_execution.set(execution) if execution.attempt > 1 else None
         try:
             tell = self.run.facts.execution_started
-            if tell is not None and execution.task.shape != "service":  # a service's runner tells in a context of its own
+            if (
+                tell is not None and execution.task.shape != "service"
+            ):  # a service's runner tells in a context of its own
                 tell(execution, execution.started)
             try:
                 finished = await self.runners.run(execution)
@@ -342,7 +351,6 @@ class RunShell:
 
     async def drive_pull(self, marker: LoopContext, worker: Worker) -> None:
         """One item of a loop or map."""
-        pull = marker.pull
         execution = self.run.begin_pull(marker, self.clock(), worker.number)
         execution.handle = asyncio.current_task()
         await self.execute(execution)
@@ -422,10 +430,13 @@ class RunShell:
 
     def nudge(self) -> None:
         """Something changed that the run must look at; from another thread it is carried over, once for many."""
+        if self._nudged:
+            return
+        self._nudged = True
         if threading.get_ident() == self.thread:
             self.run.dirty = True
-        elif not self._nudged:
-            self._nudged = True
+            self.loop.call_soon(self._nudge)  # another run of this thread may have nudged, and this one be idle
+        else:
             self._threadsafe(self._nudge)
 
     def _nudge(self) -> None:
@@ -519,5 +530,3 @@ def _clean_copy() -> contextvars.Context:
         copy.run(lambda: otel_context.attach(trace.set_span_in_context(trace.INVALID_SPAN)))
     copy.run(current_execution.set, None)
     return copy
-
-

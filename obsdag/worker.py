@@ -1,7 +1,9 @@
-"""A worker: it takes a context from the queue, drives it as far as it goes, and gives it back (SEMANTICS T2, E4, E5, E10, E17).
+"""A worker: it takes a context from the queue, drives it as far as it goes, and gives it back (SEMANTICS T2, E4, E5,
+E10, E17).
 
-A visit has one runner, and further ones for further ready tasks of the same context, up to `task_worker_num`. The runner that ends
-last goes on as the worker, so nobody waits for anybody (E5). A worker ends when there is nothing to take; idle ones cost nothing (E7).
+A visit has one runner, and further ones for further ready tasks of the same context, up to `task_worker_num`. The
+runner that ends last goes on as the worker, so nobody waits for anybody (E5). A worker ends when there is nothing to
+take; idle ones cost nothing (E7).
 
     run -> take -> drive -> [begin -> task -> finish] ... -> leave -> take ...
 """
@@ -26,7 +28,8 @@ _current_worker: contextvars.ContextVar[Worker | None] = contextvars.ContextVar(
 class Worker:
     """One of `context_worker_num`. Its fields belong to the event loop's thread; `storage` to its tasks (E10).
 
-    number: from 0. runners: how many asyncio tasks drive the context of the visit. context, since: the visit (run clock).
+    number: from 0. runners: how many asyncio tasks drive the context of the visit. context, since: the visit (run
+    clock).
     """
 
     __slots__ = ("base", "context", "number", "runners", "shell", "since", "storage")
@@ -46,11 +49,11 @@ class Worker:
         """Begins to work in an asyncio task of its own, in a fresh copy of the caller's contextvars."""
         self.shell.spawn(self._work(None), self.base.copy())
 
-    async def _work(self, context: Context | None) -> None:
+    async def _work(self, context: Context | None) -> None:  # noqa: C901 - the hot loop: calls cost more than lines
         """Visits one context after the other until there is nothing to do.
 
-        With a context: a further runner of the visit to it. Of the runners of a visit, the last one to end goes on as the
-        worker.
+        With a context: a further runner of the visit to it. Of the runners of a visit, the last one to end goes on as
+        the worker.
         """
         shell, run, clock = self.shell, self.shell.run, self.shell.clock
         begin, direct, facts, number, width = run.begin, shell.direct, run.facts, self.number, shell.width
@@ -113,7 +116,9 @@ class Worker:
 
     def _end_visit(self, context: Context, now: float) -> None:
         self.context = None
-        if type(context) is not LoopContext:
+        if type(context) is LoopContext:
+            self.shell.run.leave_pull(context.pull, self.number, now - self.since, now)
+        else:
             self.shell.run.leave(context, self.number, now - self.since, now)
         if self.shell.run.dirty:
             self.shell.pump()
@@ -159,4 +164,3 @@ class WorkerLocalProxy:
 
 worker_local = WorkerLocalProxy()
 """The current worker's attributes: a connection that each worker opens once, say."""
-

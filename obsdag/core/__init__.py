@@ -1,7 +1,8 @@
 """The pure core: everything that decides, as plain synchronous code over plain data.
 
 No asyncio, no threads, no clock, no I/O, no telemetry in here. Time is handed in, user functions are run by the shell
-(`obsdag.executor`, `obsdag.worker`), and what happened is told to observers after the transition. Layers, from the ground up:
+(`obsdag.executor`, `obsdag.worker`), and what happened is told to observers after the transition.
+Layers, from the ground up:
 
     states      the states a context can be in, lanes, outcomes
     records     what there is one of per execution, per lent branch, per stall

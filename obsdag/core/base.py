@@ -1,7 +1,7 @@
 """The fields of a run and their bookkeeping: states, counts, the ledger, the conservation law (SEMANTICS C9).
 
-Who may change what: everything here is changed on the run's thread only, by the transitions of the layers above. Plain integers and
-lists of fixed length are read by scrapes from other threads.
+Who may change what: everything here is changed on the run's thread only, by the transitions of the layers above. Plain
+integers and lists of fixed length are read by scrapes from other threads.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def more_of(context: Context) -> More:
 
 
 class RunBase:
-    """What a run owns. `dispatch` is set by the shell: how a call from any thread reaches the run (`Context.freeze` ...)."""
+    """What a run owns. `dispatch` is set by the shell: how a call from any thread reaches the run (`Context.freeze`
+    ...).
+    """
 
     def __init__(
         self, plan: Plan, config: ExecutorConfig, runtime: Runtime, clock: Callable[[], float], epoch: float = 0.0
@@ -122,7 +124,8 @@ class RunBase:
         self.below = [tuple((plan.bit[i], plan.up[i]) for i in below) for below in plan.down_list]
         # The bit of the one task below, where nothing but that task follows and it is neither sink nor join; else 0.
         self.next_bit = [
-            0 if below < 0 or below == plan.sink or plan.joins & plan.bit[below] else plan.bit[below] for below in plan.follow
+            0 if below < 0 or below == plan.sink or plan.joins & plan.bit[below] else plan.bit[below]
+            for below in plan.follow
         ]
 
     # --- set-up
@@ -134,7 +137,7 @@ class RunBase:
         self.recording = facts.needs_records or facts.needs_slack
 
     def _limits_by_task(self) -> list[tuple[Limit, ...]]:
-        """The task's own limiters, and one of this run for `parallel_num`, or for being a stream (one at a time, T5)."""
+        """The task's own limiters, and one of this run for `parallel_num` or for a stream (one at a time, T5)."""
         limits: list[tuple[Limit, ...]] = []
         for task in self.plan.tasks:
             parallel = 1 if task.shape == "stream" else task.config.parallel_num
@@ -180,7 +183,7 @@ class RunBase:
             if state != context._state:
                 self._move(context, state, now)
 
-    def _state_of(self, context: Context) -> int:
+    def _state_of(self, context: Context) -> int:  # noqa: C901 - one line per state, in their order
         more = context._more
         waiting = 0 if more is None else more.pool | more.service
         if context._running & ~waiting:
@@ -257,7 +260,9 @@ class RunBase:
     # --- conservation (C9)
 
     def check(self, deep: bool = False) -> None:
-        """Raises InternalError if entered != living + ended, or, with `deep`, if any context's own books do not balance."""
+        """Raises InternalError if entered != living + ended, or, with `deep`, if any context's own books do not
+        balance.
+        """
         entered, ended = sum(self.entered), sum(self.finished)
         if entered != self.living + ended or self.living != len(self.contexts) or sum(self.state_counts) != self.living:
             raise InternalError(

@@ -1,10 +1,10 @@
 """The critical path of a finished root, and the slack of every execution on the way.
 
-The critical path method (Kelley and Walker, "Critical-Path Planning and Scheduling", 1959) over what really happened: an execution
-depends on the executions that had to end before it could be ready. The chain that decided the root's duration is walked
-backwards through `released_by`: each execution was released by the last of its upstreams. The slack of an execution is how much
-later it could have ended without delaying the root: the least, over what depends on it, of that one's slack plus the time
-between this end and the moment at which the dependent became ready.
+The critical path method (Kelley and Walker, "Critical-Path Planning and Scheduling", 1959) over what really happened:
+an execution depends on the executions that had to end before it could be ready. The chain that decided the root's
+duration is walked backwards through `released_by`: each execution was released by the last of its upstreams. The slack
+of an execution is how much later it could have ended without delaying the root: the least, over what depends on it, of
+that one's slack plus the time between this end and the moment at which the dependent became ready.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def critical_path(plan: Plan, root: Context) -> list[CriticalStep]:
     executions = [execution for execution in executions if _belongs(execution, root)]
     if not executions:
         return []
-    slack = _slack(plan, executions, root._since, {key for key in chain})
+    slack = _slack(plan, executions, root._since, set(chain))
     steps = [
         CriticalStep(e.task.id, e.context.id, e.started, e.ended, slack[id(e)], id(e) in chain)
         for e in sorted(executions, key=lambda each: (each.started, each.ended))

@@ -1,9 +1,9 @@
 """Entering, holds, lending and ending: how a context lives (SEMANTICS C5, C6, C8, C9, E11, E12).
 
-Holds. `context._holds` counts what keeps a context alive beside its queue place (`_place`), its executions (`_running`) and
-ready tasks: timers, limit waits, a freeze, open pulls, and children. A child holds its nearest living ancestor until it has ended
-*and* its executions and children are gone; a child that waits at a join lets go. When the last hold is lost, `_settle` decides the
-outcome. Everything walks with a work list: no recursion (G7).
+Holds. `context._holds` counts what keeps a context alive beside its queue place (`_place`), its executions
+(`_running`) and ready tasks: timers, limit waits, a freeze, open pulls, and children. A child holds its nearest living
+ancestor until it has ended *and* its executions and children are gone; a child that waits at a join lets go. When the
+last hold is lost, `_settle` decides the outcome. Everything walks with a work list: no recursion (G7).
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Lifecycle(RunBase):
     def _check_new(self, context: Context) -> None:
         if context._run is not None or context._outcome is not None:
             where = "has ended" if context._outcome else "is in a run"
-            raise ContextError(f"context {context.id!r} {where} and cannot be input again; use create() to make a new one")
+            raise ContextError(
+                f"context {context.id!r} {where} and cannot be input again; use create() to make a new one"
+            )
 
     def _enter_made(self, context: Context, execution: Execution, now: float) -> None:
         """Takes in what a task newly made: it starts below its maker (E12)."""
@@ -233,7 +235,7 @@ class Lifecycle(RunBase):
             holder._holds -= 1
             self._work.append(holder)
 
-    def _end(self, context: Context, outcome: str, now: float, output: OutputContext | None = None) -> None:
+    def _end(self, context: Context, outcome: str, now: float, output: OutputContext | None = None) -> None:  # noqa: C901 - all that an end gives back, in one place
         """Ends a living context: one outcome, everything it holds or waits for given back, its executions cancelled."""
         if context._state == _DISCARDED:
             self.discarded -= 1
@@ -374,7 +376,12 @@ class Lifecycle(RunBase):
     def _waiting_at(self, context: Context) -> str:
         """The task that a living context is at: running, ready, waiting, or the first that is not completed."""
         plan = self.plan
-        for mask in (context._running, context._ready, context._parked & ~context._done, plan.all_mask & ~context._done):
+        for mask in (
+            context._running,
+            context._ready,
+            context._parked & ~context._done,
+            plan.all_mask & ~context._done,
+        ):
             if mask:
                 return plan.tasks[(mask & -mask).bit_length() - 1].id
         return plan.tasks[plan.sink].id

@@ -2,12 +2,13 @@
 
 The contract:
 
-- A fact is told after its transition, never in the middle of one; synchronously, on the run's thread, and where it concerns an
+- A fact is told after its transition, never in the middle of one; synchronously, on the run's thread, and where it
+concerns an
   execution in the frame and contextvars in which the task's function runs, so that tracing can make its span current.
-- Every `execution_started` gets exactly one `execution_finished`, on every way out.
-- Times are handed over: `now` is on the run's clock (seconds; `run.epoch` added gives Unix time), durations are seconds.
-- An observer that raises is detached, logged and counted, and that is itself a fact (`observer_failed`); it never changes an outcome.
-- Observers keep no clocks, must not block, and must not change what they are told of.
+- Every `execution_started` gets exactly one `execution_finished`, on every way out. - Times are handed over: `now` is
+on the run's clock (seconds; `run.epoch` added gives Unix time), durations are seconds. - An observer that raises is
+detached, logged and counted, and that is itself a fact (`observer_failed`); it never changes an outcome. - Observers
+keep no clocks, must not block, and must not change what they are told of.
 
 Write an observer by subclassing `Observer` and overriding the facts you want: only those are called.
 """
@@ -43,7 +44,9 @@ class Observer:
         """A run begins: `run.id`, `run.kind` (run, stream, serve), `run.plan`, `run.config`, `run.epoch`."""
 
     def run_finished(self, run: RunState, outcome: str, duration_s: float, now: float) -> None:
-        """A run ended: outcome is ok, failed (on_failure="raise" or a failed context), deadlocked, cancelled or deadline."""
+        """A run ended: outcome is ok, failed (on_failure="raise" or a failed context), deadlocked, cancelled or
+        deadline.
+        """
 
     def run_deadlocked(self, run: RunState, stalls: list[Stall], now: float) -> None:
         """Told once, before `run_finished`, of a run that ended with stalled contexts (E8)."""
@@ -130,7 +133,7 @@ class Observer:
         """The event loop ran a callback `lag_s` later than asked."""
 
     def loop_blocked(self, execution: Execution | None, blocked_s: float, stack: str) -> None:
-        """A task keeps the event loop from turning; `stack` is the line that blocks. Told from the watchdog's thread."""
+        """A task keeps the event loop from turning; `stack` is the line that blocks. Told from another thread."""
 
     # --- serving
     def submitted(self, context: Context, now: float) -> None:
@@ -157,7 +160,9 @@ class Observer:
 
 
 FACTS = tuple(
-    name for name, value in vars(Observer).items() if callable(value) and not name.startswith("_") and not name.startswith("needs_")
+    name
+    for name, value in vars(Observer).items()
+    if callable(value) and not name.startswith("_") and not name.startswith("needs_")
 )
 
 
@@ -221,12 +226,14 @@ def _teller(fact: str, count: int) -> Callable[..., Callable[..., None]]:
     """The source of `_compile`, compiled once per fact and number of listeners: that takes 30 us."""
     names = ", ".join(list(signature(getattr(Observer, fact)).parameters)[1:])
     calls = ", ".join(f"call{i}" for i in range(count))
-    body = "".join(
-        f"        try:\n            call{i}({names})\n        except Exception as error:\n            failed({i}, error)\n"
-        for i in range(count)
-    )
+    tries = [
+        f"        try: call{i}({names})\n        except Exception as error: failed({i}, error)\n" for i in range(count)
+    ]
     scope: dict[str, Any] = {}
-    source = f"def make(failed, calls):\n    {calls}, = calls\n    def tell({names}):\n{body}    return tell\n"
-    exec(source, scope)  # noqa: S102 - made of this module's own names only
+    # made of this module's own names only
+    exec(
+        f"def make(failed, calls):\n    {calls}, = calls\n    def tell({names}):\n{''.join(tries)}    return tell\n",
+        scope,
+    )
     make: Callable[..., Callable[..., None]] = scope["make"]
     return make

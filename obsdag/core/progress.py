@@ -1,4 +1,6 @@
-"""Progress: executions begin and end, tasks are completed, edges die, what is below becomes ready (SEMANTICS C4, T8, T9)."""
+"""Progress: executions begin and end, tasks are completed, edges die, what is below becomes ready (SEMANTICS C4, T8,
+T9).
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,9 @@ class Progress(Waits):
         while ancestor is not None:
             if ancestor._outcome in ("failed", "cancelled"):
                 return True
-            if ancestor._outcome == "dropped" and (ancestor._more is None or ancestor._more.reason in ("destroyed", "")):
+            if ancestor._outcome == "dropped" and (
+                ancestor._more is None or ancestor._more.reason in ("destroyed", "")
+            ):
                 return True
             ancestor = ancestor._parent
         return False

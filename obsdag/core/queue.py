@@ -1,7 +1,8 @@
 """The context queue (three lanes, SEMANTICS E4) and the timer heap. Plain data; a clock value is handed in.
 
-Lanes: a context that goes on is taken last in, first out, before anything else; a newly entered one first in, first out; the next
-item of a loop or map first in, first out, last. So work in flight is finished before new work is taken in.
+Lanes: a context that goes on is taken last in, first out, before anything else; a newly entered one first in, first
+out; the next item of a loop or map first in, first out, last. So work in flight is finished before new work is taken
+in.
 """
 
 from __future__ import annotations

@@ -12,22 +12,35 @@ if TYPE_CHECKING:
     from obsdag.limits import LimitRequest
     from obsdag.tasks.base import Task
 
-__all__ = ["CriticalStep", "Execution", "Failure", "Lend", "More", "Pull", "Scope", "Stall", "Timer", "current_execution"]
+__all__ = [
+    "CriticalStep",
+    "Execution",
+    "Failure",
+    "Lend",
+    "More",
+    "Pull",
+    "Scope",
+    "Stall",
+    "Timer",
+    "current_execution",
+]
 
 current_execution: ContextVar[Execution | None] = ContextVar("obsdag_execution", default=None)
-"""The execution whose function runs in this frame. Set by the shell where a second attempt or a thread makes it matter."""
+"""The execution whose function runs in this frame. Set by the shell where a second attempt or a thread makes it
+matter.
+"""
 
 
 class Execution:
     """One attempt of one task on one context.
 
-    context, task, index: whose. attempt: from 1. worker: number of the driving worker (-1: none). lane: of the visit's entry.
-    started, ended: seconds on the run's clock. released_by: the execution whose end made this one ready (None: the context's entry).
-    waits: seconds per state spent waiting between release and start, or None. grant: limit permits that it holds.
-    outcome: None while it runs, then one of EXECUTION_OUTCOMES. cancelling: the engine has asked for its cancellation.
-    exempt: it destroyed its own context, so its return value still counts (C8). handle: what the shell cancels it by.
-    final: it is not tried again, whatever the policy says (T14).
-    span: the tracing observer's own slot. abandoned: its function has not really returned (T13); retry_at: when its retry is due then.
+    context, task, index: whose. attempt: from 1. worker: number of the driving worker (-1: none). lane: of the visit's
+    entry. started, ended: seconds on the run's clock. released_by: the execution whose end made this one ready (None:
+    the context's entry). waits: seconds per state spent waiting between release and start, or None. grant: limit
+    permits that it holds. outcome: None while it runs, then one of EXECUTION_OUTCOMES. cancelling: the engine has
+    asked for its cancellation. exempt: it destroyed its own context, so its return value still counts (C8). handle:
+    what the shell cancels it by. final: it is not tried again, whatever the policy says (T14). span: the tracing
+    observer's own slot. abandoned: its function has not really returned (T13); retry_at: when its retry is due then.
     """
 
     # Class attributes instead of slots: what an execution rarely sets costs it nothing to make (0.3 us of 0.5).
@@ -54,21 +67,23 @@ class Execution:
         self.handle: Any = None
 
     def __repr__(self) -> str:
-        return f"<Execution of {self.task.id!r} on {self.context.id!r}, attempt {self.attempt}, {self.outcome or 'running'}>"
+        state = self.outcome or "running"
+        return f"<Execution of {self.task.id!r} on {self.context.id!r}, attempt {self.attempt}, {state}>"
 
 
 class More:
     """The rare parts of a context, made when first needed, so that the common context stays small.
 
-    skipped: skipped tasks. dead: task -> mask of its dead in-edges (C4). lends: lent branches by the task that lent them (C5).
-    lend: the lent branch this context belongs to. attempts: task -> failed attempts so far; first_try: task -> start of the first.
-    requests: task -> its limit request, waiting or granted. timers: task -> armed timer. limit/retry/service/pool: masks of
-    tasks in that waiting state; room, source: pulls in that state. kept_at: the task at which a frozen context was kept (T3), -1
-    for none. pending_end: outcome of a discarded context that is kept readable (E11). pulls: open loops and maps.
-    arrived_at: the join that is ready on it, -1 for none; arrived: it waits there and no longer holds its parent.
-    error_task: where it failed. deadline: the timer of a root's deadline. plain: nothing in here matters to an execution that
-    returns its own context. released: task -> the execution that made it ready, where that is not the context's latest.
-    holder: the ancestor it holds where that is not its parent. reason: why it was garbage-collected, one of GC_REASONS.
+    skipped: skipped tasks. dead: task -> mask of its dead in-edges (C4). lends: lent branches by the task that lent
+    them (C5). lend: the lent branch this context belongs to. attempts: task -> failed attempts so far; first_try: task
+    -> start of the first. requests: task -> its limit request, waiting or granted. timers: task -> armed timer.
+    limit/retry/service/pool: masks of tasks in that waiting state; room, source: pulls in that state. kept_at: the
+    task at which a frozen context was kept (T3), -1 for none. pending_end: outcome of a discarded context that is kept
+    readable (E11). pulls: open loops and maps. arrived_at: the join that is ready on it, -1 for none; arrived: it
+    waits there and no longer holds its parent. error_task: where it failed. deadline: the timer of a root's deadline.
+    plain: nothing in here matters to an execution that returns its own context. released: task -> the execution that
+    made it ready, where that is not the context's latest. holder: the ancestor it holds where that is not its parent.
+    reason: why it was garbage-collected, one of GC_REASONS.
     """
 
     __slots__ = (
@@ -126,12 +141,25 @@ class More:
 class Lend:
     """A branch of `parent` that task `index` lent to children (C5).
 
-    mask: the tasks below `index`, not ready on the parent meanwhile. children: in order of creation, kept only while a join
-    below needs them (`keeps`). living: children that have not ended. arrived: join index -> children that wait there.
-    finished: how children ended that did not arrive: outcome -> number. pulling: its map has not ended.
+    mask: the tasks below `index`, not ready on the parent meanwhile. children: in order of creation, kept only while a
+    join below needs them (`keeps`). living: children that have not ended. arrived: join index -> children that wait
+    there. finished: how children ended that did not arrive: outcome -> number. pulling: its map has not ended.
     """
 
-    __slots__ = ("arrived", "children", "failed", "first_arrival", "index", "joining", "keeps", "living", "mask", "outcomes", "parent", "pulling")
+    __slots__ = (
+        "arrived",
+        "children",
+        "failed",
+        "first_arrival",
+        "index",
+        "joining",
+        "keeps",
+        "living",
+        "mask",
+        "outcomes",
+        "parent",
+        "pulling",
+    )
 
     def __init__(self, parent: Context, index: int, mask: int, keeps: bool) -> None:
         self.parent = parent
@@ -149,12 +177,13 @@ class Lend:
 
 
 class Pull:
-    """An open loop or map on `context`: the shell holds its generator, the core decides when the next item is asked for.
+    """An open loop or map on `context`: the shell holds its generator, the core decides when the next item is asked
+    for.
 
     items: how many came. waiting: whether its LoopContext is in the queue, or waits for room.
     """
 
-    __slots__ = ("context", "execution", "generator", "index", "items", "lend", "marker", "state", "task")
+    __slots__ = ("context", "execution", "generator", "index", "items", "lend", "marker", "queued_at", "state", "task")
 
     def __init__(self, context: Context, task: Task, index: int) -> None:
         self.context = context
@@ -163,6 +192,7 @@ class Pull:
         self.items = 0
         self.generator: Any = None
         self.marker: Any = None
+        self.queued_at = 0.0
         self.lend: Lend | None = None
         self.state = ""
         self.execution: Execution | None = None
@@ -198,7 +228,7 @@ class Timer:
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Why a context can not go on (E8): the task it waits at, the upstreams that will never complete, and a sentence."""
+    """Why a context cannot go on (E8): the task it waits at, the upstreams that are missing, and a sentence."""
 
     context: Context
     task: str
@@ -227,7 +257,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class CriticalStep:
-    """An execution on the way to a root's end. slack_s: how much later it could have ended without delaying the root."""
+    """An execution of a root. slack_s: how much later it could have ended without delaying the root's end."""
 
     task: str
     context_id: str

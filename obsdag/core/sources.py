@@ -1,10 +1,12 @@
 """Loops, maps and joins (SEMANTICS C5, C6, C10, E16, T14, T15).
 
-A loop or map is a `Pull`: the shell holds its generator, the core decides when the next item is asked for. Between items its marker (a
-`LoopContext`) stands in the loop lane, or among `rooms` when `max_live_contexts` leaves no room; the context of the pull is held.
+A loop or map is a `Pull`: the shell holds its generator, the core decides when the next item is asked for. Between
+items its marker (a `LoopContext`) stands in the loop lane, or among `rooms` when `max_live_contexts` leaves no room;
+the context of the pull is held.
 
-A join fires when its map has ended, every living child of the branch waits at it, and the join's upstreams outside the branch
-are completed for the parent. A child that waits at a join lets go of its parent, so that "nothing else can come" is a fact.
+A join fires when its map has ended, every living child of the branch waits at it, and the join's upstreams outside the
+branch are completed for the parent. A child that waits at a join lets go of its parent, so that "nothing else can
+come" is a fact.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from obsdag.context import Context, LoopContext
 from obsdag.core.base import _DISCARDED, more_of
-from obsdag.core.queue import IDLE
-from obsdag.core.records import Execution, Lend, More, Pull, Stall
 from obsdag.core.progress import Progress
+from obsdag.core.queue import IDLE, LOOP
+from obsdag.core.records import Execution, Lend, More, Pull, Stall
 from obsdag.errors import TaskError
 
 if TYPE_CHECKING:
@@ -93,7 +95,9 @@ class Sources(Progress):
         more.room &= ~self.plan.bit[marker.pull.index]
 
     def _deepest(self, now: float) -> LoopContext | None:
-        """Nothing else can go on: the deepest waiting map gets a place, so that nested maps cannot lock each other out."""
+        """Nothing else can go on: the deepest waiting map gets a place, so that nested maps cannot lock each other
+        out.
+        """
         waiting = [marker for marker in self.rooms if self._pullable(marker)]
         self.rooms[:] = waiting
         if not waiting:
@@ -115,6 +119,8 @@ class Sources(Progress):
         execution.released_by = pull.execution
         self.reserved += 1
         self._note_started(execution, now)
+        if self.facts.visit_started is not None:
+            self.facts.visit_started(context, worker, LOOP, now - pull.queued_at, now)
         return execution
 
     def pulled(self, execution: Execution, pull: Pull, items: Iterable[Context], now: float) -> None:
@@ -151,6 +157,7 @@ class Sources(Progress):
         more.source |= bit
         context._parked |= bit
         pull.state = "waiting"
+        pull.queued_at = now
         self.queue.loop.append(pull.marker)
         if context._place == IDLE:
             self._restate(context, now)
@@ -174,7 +181,9 @@ class Sources(Progress):
         self._settle_all(now)
 
     def abort_pull(self, pull: Pull) -> None:
-        """A pull broke before `fail` is called for its execution; a map that has no child yet can be tried again (T14)."""
+        """A pull broke before `fail` is called for its execution; a map that has no child yet can be tried again
+        (T14).
+        """
         self.reserved -= 1
         if pull.state == "closed":
             return
@@ -186,6 +195,11 @@ class Sources(Progress):
                 more.lends.pop(lend.index, None)
             context._done &= ~self.plan.bit[lend.index]
             self._recompute_parked(context)
+
+    def leave_pull(self, pull: Pull, worker: int, busy_s: float, now: float) -> None:
+        """A worker is done with one item of a loop or map."""
+        if self.facts.visit_finished is not None:
+            self.facts.visit_finished(pull.context, worker, busy_s, now)
 
     def _drop_pull(self, pull: Pull) -> None:
         more = more_of(pull.context)
@@ -282,7 +296,7 @@ class Sources(Progress):
         return True
 
     def _join_for(self, lend: Lend) -> int | None:
-        """The join at which all living children wait; with none living and none gone elsewhere, the branch's own join."""
+        """The join at which all living children wait; with none living, none gone elsewhere, the branch's own."""
         if lend.living:
             join = next(iter(lend.arrived), None)
             return join if join is not None and lend.arrived[join] == lend.living else None
@@ -430,7 +444,8 @@ class Sources(Progress):
 
     def _settle_lends(self, context: Context, lends: dict[int, Lend], now: float) -> None:
         """No child lives that still moves: a join fires, or the branch was not handed back, or it never will be."""
-        if any([self._try_join(lend, now) for lend in list(lends.values())]) or context._outcome is not None:
+        fired = [self._try_join(lend, now) for lend in list(lends.values())]  # every one, not up to the first
+        if any(fired) or context._outcome is not None:
             return
         stuck = next((lend for lend in lends.values() if lend.living), None)
         if stuck is not None:

@@ -1,15 +1,14 @@
 """RunState: what the shell asks and tells (ARCHITECTURE, "Rooms"). Read this file to know how a context is scheduled.
 
-    accept(context)              an input enters: its first tasks are ready, it is in the new lane
-    take() -> context or pull    the one whose turn it is gets a worker
-    begin(context) -> execution  its next ready task starts, if limits allow
-    finish / fail / cancelled    how the execution ended; what is ready below, what entered, what ended
-    leave(context)               the worker has nothing more to do for it: back to the queue, or to whatever it waits for
-    next_wake / wake             timers, permits, the end of waiting for frozen contexts
-    stop / close                 the run is ended early / is over
+    accept(context)              an input enters: its first tasks are ready, it is in the new lane take() -> context or
+    pull    the one whose turn it is gets a worker begin(context) -> execution  its next ready task starts, if limits
+    allow finish / fail / cancelled    how the execution ended; what is ready below, what entered, what ended
+    leave(context)               the worker has nothing more to do for it: back to the queue, or to whatever it waits
+    for next_wake / wake             timers, permits, the end of waiting for frozen contexts stop / close
+    the run is ended early / is over
 
-All are plain calls on the run's thread with the time handed in. A transition changes contexts, tells the observers, and leaves what the
-shell must do in `cancels`, `closed_pulls` and `closings`.
+All are plain calls on the run's thread with the time handed in. A transition changes contexts, tells the observers,
+and leaves what the shell must do in `cancels`, `closed_pulls` and `closings`.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from obsdag.core.critical import critical_path
 from obsdag.core.queue import IDLE, VISITED
 from obsdag.core.records import CriticalStep, Execution
 from obsdag.core.sources import Sources
-from obsdag.plan import indices
 from obsdag.errors import ExecutionTimeout, TaskError
+from obsdag.plan import indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +103,9 @@ class RunState(Sources):
     # --- how an execution ends
 
     def finish(self, execution: Execution, result: Any, now: float) -> None:
-        """The function returned `result` (T1). Raises TaskError, with nothing changed, if that is not for a task to return."""
+        """The function returned `result` (T1). Raises TaskError, with nothing changed, if that is not for a task to
+        return.
+        """
         context = execution.context
         more = context._more
         if result is context and (more is None or more.plain) and context._outcome is None and execution.grant is None:
@@ -115,7 +116,8 @@ class RunState(Sources):
             self._settle_all(now)
 
     def _finish_own(self, execution: Execution, context: Context, now: float) -> None:
-        """The common case written out, since it is most of what the engine does: `_end_execution` and `_complete` in one.
+        """The common case written out, since it is most of what the engine does: `_end_execution` and `_complete` in
+        one.
 
         Through the two it takes 0.4 us more of about 1.5 (tests/benchmarks).
         """
@@ -202,14 +204,16 @@ class RunState(Sources):
             elif isinstance(item, LoopContext | StopContext):
                 continue
             elif not isinstance(item, Context) or isinstance(item, RateLimitContext):
-                raise TaskError(f"task {task.id!r} returned {_shown(item)}; a task returns contexts, a list of them, or None")
+                raise TaskError(
+                    f"task {task.id!r} returned {_shown(item)}; a task returns contexts, a list of them, or None"
+                )
             elif item._run is not None and item._run is not self:
                 raise TaskError(f"task {task.id!r} returned context {item.id!r} of another run")
             else:
                 returned[item] = None
         return list(returned), output, delay
 
-    def _take_returned(self, execution: Execution, returned: list[Context], now: float) -> None:
+    def _take_returned(self, execution: Execution, returned: list[Context], now: float) -> None:  # noqa: C901 - the whole of T1, T3, C5
         """T1, T3, C5: completes, enters, hands back; then decides what becomes of the execution's own context."""
         context, index = execution.context, execution.index
         own = lent = made = handed = False
@@ -359,7 +363,9 @@ class RunState(Sources):
             self.dispatch(action, context)
 
     def destroy(self, context: Context, now: float, caller: Execution | None = None) -> None:
-        """Ends the context as dropped and its descendants as cancelled; the caller's own return value still counts (C8)."""
+        """Ends the context as dropped and its descendants as cancelled; the caller's own return value still counts
+        (C8).
+        """
         if context._outcome is None and context._state != _DISCARDED:
             if caller is not None:
                 caller.exempt = True

@@ -22,7 +22,9 @@ __all__ = [
 
 
 class State(IntEnum):
-    """Where a living context is; it counts in the first that applies. One enumeration for gauge, ledger, wait spans, page."""
+    """Where a living context is; it counts in the first that applies. One enumeration for gauge, ledger, wait spans,
+    page.
+    """
 
     RUNNING = 0
     POOL_WAIT = 1

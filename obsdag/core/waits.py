@@ -117,7 +117,7 @@ class Waits(Lifecycle):
         self._settle_all(now)
 
     def next_wake(self) -> float | None:
-        """When something is due next: a timer, a permit of this run's line, or the end of waiting for frozen contexts."""
+        """When something is due next: a timer, a permit of this run's line, the end of the wait for the frozen."""
         due = [self.timers.next_due(), self.idle_at]
         if self.waiting_limits:
             due.append(self.runtime.limits.due(self))
@@ -168,7 +168,9 @@ class Waits(Lifecycle):
         return bool(self._freezes) and not self.moving()
 
     def moving(self) -> bool:
-        """Whether anything is under way that can bring a context on: an execution, a place, a timer, a wait for a limit."""
+        """Whether anything is under way that can bring a context on: an execution, a place, a timer, a wait for a
+        limit.
+        """
         return bool(self.active or self.queue or self.timers.armed or self.waiting_limits)
 
     def rest(self, now: float) -> None:
