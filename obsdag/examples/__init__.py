@@ -1,3 +1,10 @@
-"""Examples that run. `census`: a census of the Python files below a folder, which `obsdag demo` shows at work."""
+"""Examples that run: `python -m obsdag.examples.NAME`, each saying at its top what one sees.
+
+files      fan-out and join: a folder becomes its files, and they become one answer
+polling    a polling source, and a rate limit shared by the source and what follows it
+batching   a batching writer as a service: one transaction for many contexts, an answer for each
+routing    a router, and a DAG that is included twice in another
+census     a census of the Python files below a folder, which `obsdag demo` shows at work
+"""
 
 __all__: list[str] = []
