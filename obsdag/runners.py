@@ -260,6 +260,8 @@ class Runners:
         job = self.shell.pools.processes(task.id).submit(payload, f"task {task.id!r}")
         data = await self.job_done(execution, job)
         outcome = decode_outcome(data)
+        if outcome.extras:
+            self._absorb(execution, outcome.extras)
         if execution.cancelling and not execution.exempt:
             return partial(self.shell.finish, execution, None)
         return partial(self.shell.finish, execution, apply_outcome(outcome, context))
@@ -269,6 +271,12 @@ class Runners:
         from obsdag.telemetry.carrier import inject
 
         return inject(execution)
+
+    def _absorb(self, execution: Execution, extras: list[bytes]) -> None:
+        """What the function said about its span in the other process."""
+        from obsdag.telemetry.carrier import absorb
+
+        absorb(execution, extras)
 
     # --- resources (T7)
 

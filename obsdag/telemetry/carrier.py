@@ -8,8 +8,9 @@ absorb(execution, payload)         here: what the far side noted, taken back wit
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,10 +34,13 @@ from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, SPAN_KEY, ExecutionSp
 if TYPE_CHECKING:
     from obsdag.core.records import Execution
 
-__all__ = ["Caller", "RemoteSpan", "absorb", "capture_caller", "inject", "remote_span"]
+__all__ = ["Caller", "RemoteSpan", "absorb", "capture_caller", "inject", "remote_span", "returning"]
 
 _W3C: Final = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
 _NO_STATE: Final = TraceState()
+_MARK: Final = "obsdag.span"
+_START: Final = b'{"obsdag.span"'
+_returning: list[bytes] = []
 FLUSH_S: Final = 0.5
 """How long a worker process may take to flush the spans of its own provider before the result goes back."""
 
@@ -144,11 +148,11 @@ class RemoteSpan(NonRecordingSpan):
         """Adds an `exception` event: the type only, since the text is redacted on the engine's side."""
         self.add_event("exception", {"exception.type": type(exception).__qualname__, **(attributes or {})}, timestamp)
 
-    def payload(self) -> dict[str, Any] | None:
-        """What travels back, of plain values; None if there is nothing."""
+    def payload(self) -> bytes | None:
+        """What travels back; None if there is nothing."""
         if not self._attributes and not self._events:
             return None
-        return {"attributes": self._attributes, "events": self._events}
+        return json.dumps({_MARK: [self._attributes, self._events]}).encode()
 
 
 @contextmanager
@@ -165,19 +169,33 @@ def remote_span(carrier: Mapping[str, str]) -> Iterator[RemoteSpan | None]:
         yield span
     finally:
         detach(token)
+        payload = span.payload() if span is not None else None
+        if payload is not None:
+            _returning.append(payload)
         flush = getattr(get_tracer_provider(), "force_flush", None)
         if flush is not None:
             flush(int(FLUSH_S * 1000))
 
 
-def absorb(execution: Execution, payload: Mapping[str, Any] | None) -> None:
-    """Takes back what the far side noted (`RemoteSpan.payload`), onto the `execute` span of a running execution."""
+def returning() -> list[bytes]:
+    """In the other process: what ended spans have to take back, given once; an `extra_source` of process tasks."""
+    found = _returning[:]
+    _returning.clear()
+    return found
+
+
+def absorb(execution: Execution, extras: Iterable[bytes]) -> None:
+    """Takes back what the far side noted, onto the `execute` span of a running execution; others' extras are passed."""
     span = execution.span
-    if payload is None or type(span) is not ExecutionSpan:
+    if span is None:
         return
-    span.set_attributes(payload.get("attributes") or {})
-    for name, attributes, at in payload.get("events") or ():
-        span.add_event(name, attributes, at)
+    for extra in extras:
+        if extra.startswith(_START):
+            attributes, events = json.loads(extra)[_MARK]
+            target = span if type(span) is ExecutionSpan else span.span
+            target.set_attributes(attributes)
+            for name, given, at in events:
+                target.add_event(name, given, at)
 
 
 def _is_plain(value: Any) -> bool:

@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from obsdag.errors import ConfigError
-from obsdag.telemetry.carrier import Caller, RemoteSpan, absorb, capture_caller, inject, remote_span
+from obsdag.telemetry.carrier import Caller, RemoteSpan, absorb, capture_caller, inject, remote_span, returning
 from obsdag.telemetry.deferred import DeferredTracer
 from obsdag.telemetry.export import QueueProcessor, bind_counts, count_drops, otlp_exporter, queue_settings
 from obsdag.telemetry.hold import hold
@@ -50,6 +50,7 @@ __all__ = [
     "hold",
     "inject",
     "remote_span",
+    "returning",
     "trace_ids",
 ]
 
