@@ -183,7 +183,19 @@ class Pull:
     items: how many came. waiting: whether its LoopContext is in the queue, or waits for room.
     """
 
-    __slots__ = ("context", "execution", "generator", "index", "items", "lend", "marker", "queued_at", "state", "task")
+    __slots__ = (
+        "context",
+        "execution",
+        "generator",
+        "grant",
+        "index",
+        "items",
+        "lend",
+        "marker",
+        "queued_at",
+        "state",
+        "task",
+    )
 
     def __init__(self, context: Context, task: Task, index: int) -> None:
         self.context = context
@@ -193,6 +205,7 @@ class Pull:
         self.generator: Any = None
         self.marker: Any = None
         self.queued_at = 0.0
+        self.grant: LimitRequest | None = None
         self.lend: Lend | None = None
         self.state = ""
         self.execution: Execution | None = None

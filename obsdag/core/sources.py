@@ -67,19 +67,42 @@ class Sources(Progress):
         while self.rooms and self.has_room:
             marker = self.rooms.pop(0)
             if self._pullable(marker):
-                self._leave_room(marker, now)
-                return marker
+                self._leave_room(marker)
+                if self._permitted(marker, now):
+                    return marker
         while lane:
             marker = lane.popleft()
             if not self._pullable(marker):
                 continue
-            if self.has_room:
+            if not self.has_room:
+                more_of(marker.pull.context).room |= self.plan.bit[marker.pull.index]
+                self.rooms.append(marker)
+                self._restate(marker.pull.context, now)
+            elif self._permitted(marker, now):
                 return marker
-            more = more_of(marker.pull.context)
-            more.room |= self.plan.bit[marker.pull.index]
-            self.rooms.append(marker)
-            self._restate(marker.pull.context, now)
         return self._deepest(now) if self.rooms and not self.moving() else None
+
+    def _permitted(self, marker: LoopContext, now: float) -> bool:
+        """Each item takes the task's permits anew (T7, T14); without them the marker comes back when they are there."""
+        pull = marker.pull
+        if not self.limits[pull.index]:
+            return True
+        admitted, pull.grant = self._admit(pull.context, pull.index, now)
+        if not admitted:
+            self._restate(pull.context, now)
+        return admitted
+
+    def _permit_for(self, context: Context, index: int, now: float) -> None:
+        """The permits that a task or a pull waited for are there."""
+        more = more_of(context)
+        pull = more.pulls.get(index) if more.pulls else None
+        if pull is None:
+            super()._permit_for(context, index, now)
+        else:
+            more.source |= self.plan.bit[index]
+            context._parked |= self.plan.bit[index]
+            self.queue.loop.appendleft(pull.marker)
+            self._restate(context, now)
 
     def _pullable(self, marker: LoopContext) -> bool:
         pull = marker.pull
@@ -90,7 +113,7 @@ class Sources(Progress):
             return False
         return True
 
-    def _leave_room(self, marker: LoopContext, now: float) -> None:
+    def _leave_room(self, marker: LoopContext) -> None:
         more = more_of(marker.pull.context)
         more.room &= ~self.plan.bit[marker.pull.index]
 
@@ -104,8 +127,8 @@ class Sources(Progress):
             return None
         marker = max(waiting, key=lambda each: each.pull.context.depth)
         self.rooms.remove(marker)
-        self._leave_room(marker, now)
-        return marker
+        self._leave_room(marker)
+        return marker if self._permitted(marker, now) else None
 
     def begin_pull(self, marker: LoopContext, now: float, worker: int) -> Execution:
         """An execution that asks a loop or map for its next item."""
@@ -117,6 +140,7 @@ class Sources(Progress):
         execution = Execution(context, pull.task, index, 1, now, worker)
         execution.lane = 2
         execution.released_by = pull.execution
+        execution.grant, pull.grant = pull.grant, None
         self.reserved += 1
         self._note_started(execution, now)
         if self.facts.visit_started is not None:

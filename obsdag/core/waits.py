@@ -65,6 +65,10 @@ class Waits(Lifecycle):
         if self.facts.limit_granted is not None and request.limits:
             name = self.limiter_names.get(request.blocking or request.limits[0], "")
             self.facts.limit_granted(context, self.plan.tasks[index], name, now - request.asked_at, now)
+        self._permit_for(context, index, now)
+
+    def _permit_for(self, context: Context, index: int, now: float) -> None:
+        """The permits that a task waited for are there: it is ready."""
         self._offer_again(context, index)
         self._schedule(context, now)
 

@@ -29,6 +29,7 @@ __all__ = [
     "SyncFunctionShutdownTask",
     "SyncFunctionTask",
     "SyncTask",
+    "no_resource",
 ]
 
 _CALL_KIND_NAMES: dict[CallKind, str] = {
@@ -91,6 +92,12 @@ def _name_of(func: Any) -> str:
     return str(getattr(func, "__name__", ""))
 
 
+def no_resource(task: FunctionTask) -> Iterable[str]:
+    """The problem of a function that outlives its executions and wants a resource, which is given for one (T7)."""
+    if task.signature.takes_resource:
+        yield "its function takes 'resource', which is given for one execution: take it in a function task instead"
+
+
 class GeneratorTask(FunctionTask):
     """What streams and loops share: a generator function without parameters is sent its first context, too (seed).
 
@@ -102,6 +109,11 @@ class GeneratorTask(FunctionTask):
     ) -> None:
         super().__init__(func, config, name, **options)
         self.signature, self.takes_context = generator_signature(func)
+
+    def problems(self) -> Iterable[str]:
+        """Also: a pooled resource is held for one execution, which a generator outlives."""
+        yield from super().problems()
+        yield from no_resource(self)
 
 
 class AsyncTask(FunctionTask):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from obsdag.tasks.base import Shape, TaskConfig
-from obsdag.tasks.function import FunctionTask
+from obsdag.tasks.function import FunctionTask, no_resource
 
 __all__ = ["MapTask"]
 
@@ -31,3 +31,8 @@ class MapTask(FunctionTask):
         super().__init__(func, config, name, **options)
         # the base declares it per class; here the function decides
         vars(self)["runs_on"] = "loop" if self.signature.kind in ("asyncgen", "coroutine") else "thread"
+
+    def problems(self) -> Iterable[str]:
+        """Also: a pooled resource is held for one execution, which the children's source outlives."""
+        yield from super().problems()
+        yield from no_resource(self)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from obsdag.tasks.base import Shape
-from obsdag.tasks.function import AsyncTask, FunctionTask, SyncTask
+from obsdag.tasks.function import AsyncTask, FunctionTask, SyncTask, no_resource
 
 __all__ = ["AsyncServiceTask", "ServiceTask", "SyncThreadTask"]
 
@@ -15,6 +16,11 @@ class ServiceTask(FunctionTask):
 
     shape: ClassVar[Shape] = "service"
     given = ("the queue",)
+
+    def problems(self) -> Iterable[str]:
+        """Also: a pooled resource is held for one execution, which a service outlives."""
+        yield from super().problems()
+        yield from no_resource(self)
 
 
 class AsyncServiceTask(ServiceTask, AsyncTask):
