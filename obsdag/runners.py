@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -239,8 +239,8 @@ class Runners:
         names: Iterable[Any] = (chosen,) if isinstance(chosen, str | Task) else (chosen if chosen is not None else ())
         choices = self.plan.choices[execution.index]
         mask = 0
-        if not isinstance(names, Iterable):
-            raise TaskError(f"router {execution.task.id!r} returned {chosen!r}; it returns task ids, or tasks")
+        if not isinstance(names, Iterable) or isinstance(names, Mapping | bytes):
+            raise TaskError(f"router {execution.task.id!r} returned {chosen!r:.80}; it returns task ids, or tasks")
         for name in names:
             target = getattr(name, "id", name)
             if not isinstance(target, str) or target not in choices:
