@@ -145,7 +145,7 @@ async def test_C9_the_living_are_counted_on_their_own(engine: Engine) -> None:
         return ctx
 
     executor = engine.executor(dag)
-    running = asyncio.create_task(finish(executor, [{} for _ in range(5)]))
+    running = asyncio.ensure_future(finish(executor, [{}] * 5))
     await started.wait()
     await settle()
     stats = executor.stats()
@@ -684,3 +684,28 @@ async def test_C12_special_contexts_as_input_are_refused(engine: Engine) -> None
         with pytest.raises(ValueError, match=r".") as caught:
             await engine.run(one_task(), wrong)
         assert isinstance(caught.value, InputError | ContextError)
+
+
+@every_schedule
+async def test_C11_attempt_is_of_the_execution_that_asks(engine: Engine) -> None:
+    dag = DAG()
+    seen: list[tuple[str, int]] = []
+
+    @dag.task(retry_times=2, priority=1)
+    def flaky(ctx: Context) -> Context:
+        seen.append(("flaky", ctx.attempt))
+        if ctx.attempt < 3:
+            raise ValueError
+        return ctx
+
+    @dag.task
+    async def beside(ctx: Context) -> Context:
+        for _ in range(30):
+            seen.append(("beside", ctx.attempt))
+            await asyncio.sleep(0)
+        return ctx
+
+    result = await engine.run(dag)
+    assert [n for name, n in seen if name == "flaky"] == [1, 2, 3]
+    assert {n for name, n in seen if name == "beside"} == {1}
+    assert_counts(result, output=1)

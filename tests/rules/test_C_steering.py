@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from obsdag import DAG, ConcurrencyLimit, Context
+from obsdag import DAG, ConcurrencyLimit, Context, RateLimit
 from tests.rules.helpers import HANG_S, ONE, Engine, Log, assert_counts, chain, every_schedule, settle
 
 # --- C7
@@ -509,3 +509,52 @@ async def test_C8_a_sync_execution_of_a_destroyed_context_is_discarded(engine: E
     assert log == []
     assert_counts(result, dropped=1)
     await asyncio.get_running_loop().shutdown_default_executor()
+
+
+@pytest.mark.parametrize("kind", ["thaw", "freeze_thaw"])
+@every_schedule
+async def test_C7_freeze_and_thaw_from_any_thread(engine: Engine, kind: str) -> None:
+    dag, log = DAG(), Log()
+    threads: list[threading.Thread] = []
+
+    def steer(ctx: Context) -> None:
+        if kind == "freeze_thaw":
+            for _ in range(50):
+                ctx.freeze()
+                ctx.thaw()
+        ctx.thaw()
+
+    @dag.task
+    async def freeze(ctx: Context) -> Context:
+        ctx.freeze()
+        threads.append(threading.Thread(target=steer, args=(ctx,)))
+        threads[-1].start()
+        return ctx
+
+    chain(dag, log, "end", after=freeze)
+    result = await engine.run(dag, [{} for _ in range(5)])
+    for thread in threads:
+        thread.join()
+    assert len(log) == 5
+    assert_counts(result, output=5)
+
+
+@every_schedule
+async def test_C7_a_frozen_context_that_waits_for_a_retry_or_limit_starts_after_the_thaw(engine: Engine) -> None:
+    dag = DAG()
+    loop = asyncio.get_running_loop()
+    frozen_starts: list[bool] = []
+    limit = RateLimit(1000, per=1.0)
+
+    @dag.task(retry_times=1, retry_interval=0.01, limiter=limit)
+    async def flaky(ctx: Context) -> Context:
+        frozen_starts.append(ctx.frozen)
+        if ctx.attempt == 1:
+            ctx.freeze()
+            loop.call_later(0.05, ctx.thaw)
+            raise ValueError
+        return ctx
+
+    result = await engine.run(dag, [{}, {}, {}])
+    assert frozen_starts == [False] * 6
+    assert_counts(result, output=3)
