@@ -73,12 +73,13 @@ class Worker:
                     now = clock()
                     if shell.free and run.queue.size:
                         shell.wake_worker()
-            while (execution := begin(context, now, number)) is not None:
+            execution = begin(context, now, number)
+            while execution is not None:
                 execution.handle = handle
                 if context._ready and (not width or self.runners < width):
                     self.runners += 1
                     shell.spawn(self._work(context), None)
-                call = direct[execution.index]
+                call, following = direct[execution.index], None
                 if call is None:
                     await shell.execute(execution)
                     now = clock()
@@ -92,17 +93,22 @@ class Worker:
                         now = clock()
                     else:
                         now = clock()
-                        if result is context and not execution.cancelling:
-                            run.finish(execution, result, now)
-                            if run.dirty:
-                                shell.pump()
-                        else:
+                        if result is not context or execution.cancelling:
                             shell.finish(execution, result)
+                        elif now > shell.turn_end:
+                            run.finish(execution, result, now)
+                        else:
+                            following = run.finish_and_begin(execution, now)
+                        if run.dirty:
+                            shell.pump()
                 if shell.free and run.queue.size:
                     shell.wake_worker()
-                if now > shell.turn_end and context._ready:
-                    await shell.let_others_run()
-                    now = clock()
+                if following is None:
+                    if now > shell.turn_end and context._ready:
+                        await shell.let_others_run()
+                        now = clock()
+                    following = begin(context, now, number)
+                execution = following
             self.runners -= 1
             if self.runners:
                 return  # another runner of this visit ends last and goes on as the worker

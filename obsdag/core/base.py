@@ -120,6 +120,7 @@ class RunBase:
         self.bypass = config.enable_context_bypass
         self.max_live = config.max_live_contexts
         self.debug = config.debug
+        self.straight = plan.rank is None  # the order among ready tasks is that of their bits
         # Per task, what is right below it: (its bit, the mask of all that it waits for).
         self.below = [tuple((plan.bit[i], plan.up[i]) for i in below) for below in plan.down_list]
         # The bit of the one task below, where nothing but that task follows and it is neither sink nor join; else 0.

@@ -110,25 +110,59 @@ class RunState(Sources):
         more = context._more
         if result is context and (more is None or more.plain) and context._outcome is None and execution.grant is None:
             self._finish_own(execution, context, now)
+            if context._place == IDLE:
+                self._schedule(context, now)
         else:
             self._finish_with(execution, result, now)
         if self._work or self._touched or self._grants or self.debug:
             self._settle_all(now)
 
-    def _finish_own(self, execution: Execution, context: Context, now: float) -> None:
-        """The common case written out, since it is most of what the engine does: `_end_execution` and `_complete` in
-        one.
+    def finish_and_begin(self, execution: Execution, now: float) -> Execution | None:
+        """`finish` with the execution's own context, and `begin` for the same runner, in one call where that is easy.
 
-        Through the two it takes 0.4 us more of about 1.5 (tests/benchmarks).
+        None: nothing was begun, ask `begin`. The two calls one after the other take 0.3 us more of about 1.5
+        (tests/benchmarks).
         """
+        context = execution.context
+        more = context._more
+        if (
+            not (more is None or more.plain)
+            or context._outcome is not None
+            or execution.grant is not None
+            or self.debug
+        ):
+            self.finish(execution, context, now)
+            return None
+        self._finish_own(execution, context, now)
+        if self._work or self._touched or self._grants:
+            self._settle_all(now)
+            return None
+        ready = context._ready
+        if ready and self.straight and more is None and not self._freezes:
+            low = ready & -ready
+            index = low.bit_length() - 1
+            if not self.limits[index]:
+                context._ready = ready ^ low
+                following = Execution(context, self.plan.tasks[index], index, 1, now, execution.worker)
+                if self.recording:
+                    following.released_by = context._maker
+                    if context._waits is not None:
+                        following.waits, context._waits = context._waits, None
+                context._running |= low
+                self.active += 1
+                self.task_started[index] += 1
+                context._executions.append(following)  # type: ignore[union-attr]
+                return following
+        return None
+
+    def _finish_own(self, execution: Execution, context: Context, now: float) -> None:
+        """The common case written out, since it is most of what the engine does: `_end_execution`, `_complete`."""
         index = execution.index
         bit = self.plan.bit[index]
         execution.ended = now
         execution.outcome = "success"
         context._running ^= bit
-        executions = context._executions
-        assert executions is not None
-        executions.remove(execution)
+        context._executions.remove(execution)  # type: ignore[union-attr]
         self.active -= 1
         self.task_executions[index] += 1
         self.task_seconds[index] += now - execution.started
@@ -144,8 +178,6 @@ class RunState(Sources):
         else:
             self.cause = execution
             self._release_below(context, index, now)
-        if context._place == IDLE:
-            self._schedule(context, now)
 
     def finish_routed(self, execution: Execution, chosen: int, now: float) -> None:
         """A router chose the downstream tasks in the mask `chosen`; what is only below the others is skipped (T9)."""
