@@ -20,7 +20,7 @@ from opentelemetry.trace import SpanContext
 
 from obsdag.core.observer import Observer
 from obsdag.core.states import STATES
-from obsdag.telemetry.materialize import error_text, stack_text
+from obsdag.telemetry.materialize import ErrorTexts
 from obsdag.telemetry.records import ContextTrace, RootTrace, new_span_id, new_trace_id, taken
 from obsdag.telemetry.sampling import ratio_bound
 
@@ -82,7 +82,7 @@ class Keeper(Observer):
         self._epoch_ns = int(run.epoch * 1e9)
         self._pipeline = pipeline
         self.lock = pipeline.lock
-        self._redact = redact
+        self.texts = ErrorTexts(redact)
         self._bound = ratio_bound(sample)
         self._follow = follow_parent
         self._most = max_spans_per_trace
@@ -112,25 +112,6 @@ class Keeper(Observer):
     def now(self) -> float:
         """The run's clock."""
         return self.run.clock()
-
-    def redacted(self, text: str) -> str:
-        """The text as it may be exported."""
-        if self._redact is None or not text:
-            return text
-        try:
-            return self._redact(text)
-        except Exception:  # a user's function: rather no text than the unredacted one
-            return "[redaction failed]"
-
-    def exception_attributes(self, error: BaseException) -> dict[str, str]:
-        """The attributes of an `exception` event, redacted."""
-        kind = type(error)
-        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        return {
-            "exception.type": name,
-            "exception.message": self.redacted(error_text(error).message),
-            "exception.stacktrace": self.redacted(stack_text(error)),
-        }
 
     def is_sampled(self, trace_id: int) -> bool:
         """Whether the ratio keeps the trace, by the SDK's rule."""

@@ -12,7 +12,7 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode, s
 from obsdag.core.observer import Observer
 from obsdag.core.states import LANES, STATES, State
 from obsdag.telemetry.carrier import Caller, without_span
-from obsdag.telemetry.materialize import MAX_LINKS, error_text, stack_text
+from obsdag.telemetry.materialize import MAX_LINKS, ErrorTexts, error_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,15 +28,14 @@ WAIT_SPAN_S = 0.1
 
 
 class _Root:
-    """A root's `context` span, open until the last of its tree has ended. outcome: how its context ended."""
+    """A root's `context` span, open until the last of its tree has ended. base: baggage for its tasks."""
 
-    __slots__ = ("base", "left", "open", "outcome", "span")
+    __slots__ = ("base", "open", "span")
 
     def __init__(self, span: Span, base: OtelContext) -> None:
         self.span = span
         self.base = base
         self.open = 1
-        self.outcome = ""
 
 
 class _Live:
@@ -53,14 +52,15 @@ class _Live:
 
 
 class _LiveSpan:
-    """`Execution.span` in live mode: the SDK's span, and what detaches it."""
+    """`Execution.span` in live mode: the SDK's span, what detaches it, and whether it outlives its context."""
 
-    __slots__ = ("span", "token", "trace")
+    __slots__ = ("is_tail", "span", "token", "trace")
 
     def __init__(self, span: Span, trace_: _Live, token: Any) -> None:
         self.span = span
         self.trace = trace_
         self.token = token
+        self.is_tail = False
 
     def get_span_context(self) -> SpanContext:
         """The ids of the SDK's span."""
@@ -84,7 +84,7 @@ class LiveTracer(Observer):
         self.engine = engine
         self.dag = run.plan.name
         self._run = run
-        self._redact = redact
+        self._texts = ErrorTexts(redact)
         self._epoch_ns = int(run.epoch * 1e9)
         self._tracer = trace.get_tracer("obsdag", tracer_provider=provider)
         self._base = OtelContext()
@@ -129,15 +129,14 @@ class LiveTracer(Observer):
         base = caller.base if caller is not None and caller.base is not None else self._base
         links = [_link("run", self._span.get_span_context())]
         if made_by is not None:
-            links.insert(0, _link("maker", made_by.get_span_context()))
+            links.append(_link("maker", made_by.get_span_context()))
         if maker is not None and looped and type(maker.context._trace) is _Live:
-            links.insert(0, _link("input", maker.context._trace.root.span.get_span_context()))
+            links.append(_link("input", maker.context._trace.root.span.get_span_context()))
+        if caller is not None and caller.span_context is not None and caller.mode == "link":
+            links.append(_link("submitter", caller.span_context))
         above = base
-        if caller is not None and caller.span_context is not None:
-            if caller.mode == "child":
-                above = set_span_in_context(trace.NonRecordingSpan(caller.span_context), base)
-            else:
-                links.insert(0, _link("submitter", caller.span_context))
+        if caller is not None and caller.parent is not None:
+            above = set_span_in_context(trace.NonRecordingSpan(caller.parent), base)
         attributes = self._attributes(context)
         if parent is not None:
             attributes["obsdag.context.parent_id"] = parent.id
@@ -151,15 +150,17 @@ class LiveTracer(Observer):
         own: _Live = context._trace
         root = own.root
         if own.top:
-            root.outcome = outcome
             root.span.set_attribute("obsdag.context.outcome", outcome)
             if root.span.is_recording():
-                root.span.set_attributes({f"obsdag.ledger.{state}": spent for state, spent in context.ledger.items()})
-        tail = [e for e in context._executions or () if e.span is not None and e.outcome is None]
-        root.open += len(tail) - 1
-        for execution in tail:
-            execution.span.trace.latest = None
-        own.latest = {}
+                ledger = {f"obsdag.ledger.{state}": spent for state, spent in context.ledger.items() if spent}
+                root.span.set_attributes(ledger)
+        for execution in context._executions or ():
+            live = execution.span
+            if type(live) is _LiveSpan and not live.is_tail:
+                live.is_tail = True
+                root.open += 1
+        root.open -= 1
+        own.latest, own.arrived = {}, {}
         self._close(root, now)
 
     def _close(self, root: _Root, now: float) -> None:
@@ -172,7 +173,7 @@ class LiveTracer(Observer):
         if own.top:
             text = error_text(failure.exception)
             own.root.span.set_attribute("error.type", text.name)
-            own.root.span.set_status(StatusCode.ERROR, self._redacted(text.message) or text.name)
+            own.root.span.set_status(StatusCode.ERROR, self._texts.redacted(text.message) or text.name)
 
     def context_stalled(self, context: Context, stall: Stall, now: float) -> None:
         """The `context` span of a root that stalls is an error, and says where."""
@@ -196,7 +197,8 @@ class LiveTracer(Observer):
 
     def join_waiting(self, context: Context, task: Task, now: float) -> None:
         """The child's latest execution is one that the join will link to."""
-        parent = context._parent
+        more = context._more
+        parent = more.lend.parent if more is not None and more.lend is not None else context._parent
         latest = list(context._trace.latest.values())
         if parent is not None and latest and type(parent._trace) is _Live:
             parent._trace.arrived.setdefault(self.plan.index[task.id], []).append(latest[-1][0])
@@ -220,6 +222,9 @@ class LiveTracer(Observer):
                 attributes[f"obsdag.wait_s.{STATES[state]}"] = waited_s
         links = self._links(own, execution, attributes)
         above = set_span_in_context(own.maker or root.span, root.base)
+        if task.shape == "loop":  # a pull is a trace of its own: that of an endless input would grow for ever
+            above = root.base
+            links.append(_link("input", root.span.get_span_context()))
         span = self._tracer.start_span(
             f"execute {task.id}",
             above,
@@ -251,10 +256,10 @@ class LiveTracer(Observer):
         if error is not None and outcome in ("error", "timeout"):
             text = error_text(error)
             span.set_attribute("error.type", text.name)
-            span.add_event("exception", self._exception(error), self._ns(now))
-            span.set_status(StatusCode.ERROR, self._redacted(text.message) or text.name)
+            span.add_event("exception", self._texts.attributes(error), self._ns(now))
+            span.set_status(StatusCode.ERROR, self._texts.redacted(text.message) or text.name)
         span.end(self._ns(execution.ended))
-        if execution.context._outcome is not None:
+        if live.is_tail:
             own.root.open -= 1
             self._close(own.root, now)
         else:
@@ -265,24 +270,6 @@ class LiveTracer(Observer):
 
     def _attributes(self, context: Context) -> dict[str, Any]:
         return {"obsdag.engine": self.engine, "obsdag.dag": self.dag, "obsdag.context.id": context.id}
-
-    def _exception(self, error: BaseException) -> dict[str, str]:
-        kind = type(error)
-        return {
-            "exception.type": kind.__qualname__
-            if kind.__module__ == "builtins"
-            else f"{kind.__module__}.{kind.__qualname__}",
-            "exception.message": self._redacted(error_text(error).message),
-            "exception.stacktrace": self._redacted(stack_text(error)),
-        }
-
-    def _redacted(self, text: str) -> str:
-        if self._redact is None or not text:
-            return text
-        try:
-            return self._redact(text)
-        except Exception:  # a user's function: rather no text than the unredacted one
-            return "[redaction failed]"
 
 
 def _link(kind: str, context: SpanContext) -> Link:

@@ -7,7 +7,7 @@ attribute key here is public API.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.attributes import BoundedAttributes
@@ -28,7 +28,6 @@ __all__ = [
     "build_spans",
     "context_id",
     "error_text",
-    "stack_text",
 ]
 
 MAX_LINKS: Final = 64
@@ -56,6 +55,39 @@ def error_text(error: BaseException) -> ErrorText:
     except Exception as broken:
         message = f"<{type(broken).__name__} while asking for its text>"
     return ErrorText(type(error).__name__, message)
+
+
+class ErrorTexts:
+    """Texts of exceptions as they may leave the process. redact: the telemetry's own; None lets all through."""
+
+    def __init__(self, redact: Callable[[str], str] | None) -> None:
+        self._redact = redact
+
+    def redacted(self, text: str) -> str:
+        """The text as it may be exported."""
+        if self._redact is None or not text:
+            return text
+        try:
+            return self._redact(text)
+        except Exception:  # a user's function: rather no text than the unredacted one
+            return "[redaction failed]"
+
+    def attributes(self, error: BaseException) -> dict[str, str]:
+        """The attributes of an `exception` event."""
+        kind = type(error)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        return {
+            "exception.type": name,
+            "exception.message": self.redacted(error_text(error).message),
+            "exception.stacktrace": self.redacted(_stack_text(error)),
+        }
+
+
+def _stack_text(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception:  # a user's exception may break rendering
+        return ""
 
 
 def context_id(raw: str | int) -> str:
@@ -195,10 +227,10 @@ def _error_of(
         return [], _UNSET
     if isinstance(error, BaseException):
         text = error_text(error)
-        event = tracer.exception_attributes(error)
+        event = tracer.texts.attributes(error)
     else:
         text = error
-        event = {"exception.type": text.name, "exception.message": tracer.redacted(text.message)}
+        event = {"exception.type": text.name, "exception.message": tracer.texts.redacted(text.message)}
     attributes["error.type"] = text.name
     return [Event("exception", event, at_ns)], Status(StatusCode.ERROR, event["exception.message"] or text.name)
 
@@ -389,7 +421,7 @@ def _outcome_event(tracer: DeferredTracer, root: RootTrace) -> list[Event]:
 def _context_status(tracer: DeferredTracer, root: RootTrace) -> Status:
     more = root.rare()
     if more.outcome == "failed" and more.error is not None:
-        return Status(StatusCode.ERROR, tracer.redacted(more.error[1]) or more.error[0])
+        return Status(StatusCode.ERROR, tracer.texts.redacted(more.error[1]) or more.error[0])
     if more.outcome == "stalled":
         where = f"stalled at task {more.stall[0]!r}" if more.stall is not None else "stalled"
         return Status(StatusCode.ERROR, where)
@@ -398,11 +430,3 @@ def _context_status(tracer: DeferredTracer, root: RootTrace) -> Status:
 
 def _link(kind: str, trace_id: int, span_id: int) -> Link:
     return Link(SpanContext(trace_id, span_id, False, SAMPLED), {"obsdag.link.type": kind})
-
-
-def stack_text(error: BaseException) -> str:
-    """The traceback as text, as the SDK writes it; empty where it cannot be rendered."""
-    try:
-        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception:  # a user's exception may break rendering
-        return ""

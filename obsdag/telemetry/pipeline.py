@@ -144,11 +144,14 @@ class Pipeline:
 
     def flush(self, timeout_s: float) -> bool:
         """Exports what is kept so far; False if that was not done within `timeout_s`. Blocks for at most so long."""
-        done = threading.Event()
-        return not self.begin_flush(timeout_s, done.set) or done.wait(timeout_s)
+        return self._wait(timeout_s, shutdown=False)
 
-    def begin_flush(self, timeout_s: float, done: Callable[[], None], shutdown: bool = False) -> bool:
-        """Has the thread export what is kept and flush (or shut down) the processors, then call `done` from there.
+    def shutdown(self, timeout_s: float) -> bool:
+        """Flushes and shuts the processors down; blocks for at most `timeout_s`."""
+        return self._wait(timeout_s, shutdown=True)
+
+    def begin_flush(self, timeout_s: float, done: Callable[[bool], None], shutdown: bool = False) -> bool:
+        """Has the thread export what is kept and flush (or shut down) the processors, then call `done(in time)` there.
 
         False, and `done` is never called, if nothing was ever handed over or no thread can start any more.
         """
@@ -160,23 +163,33 @@ class Pipeline:
         self._wake.set()
         return True
 
-    def shutdown(self, timeout_s: float) -> bool:
-        """Flushes and shuts the processors down; blocks for at most `timeout_s`."""
-        done = threading.Event()
-        return not self.begin_flush(timeout_s, done.set, shutdown=True) or done.wait(timeout_s)
+    def _wait(self, timeout_s: float, shutdown: bool) -> bool:
+        ended, results = threading.Event(), [False]
+
+        def done(in_time: bool) -> None:
+            results[0] = in_time
+            ended.set()
+
+        if not self.begin_flush(timeout_s, done, shutdown):
+            return True
+        return ended.wait(timeout_s) and results[0]
 
     def _run_flushes(self) -> None:
         while self._flushes:
             flush = self._flushes.popleft()
-            for processor in self.processors:
-                left_s = max(0.05, flush.deadline - time.monotonic())
-                try:
-                    processor.force_flush(int(left_s * 1000))
-                    if flush.shutdown:
-                        processor.shutdown()
-                except Exception:
-                    _log.debug("a span processor raised", exc_info=True)
-            flush.done()
+            results = [self._flush_one(processor, flush) for processor in self.processors]
+            flush.done(all(results))
+
+    def _flush_one(self, processor: SpanProcessor, flush: _Flush) -> bool:
+        left_s = max(0.05, flush.deadline - time.monotonic())
+        try:
+            in_time = processor.force_flush(int(left_s * 1000)) is not False
+            if flush.shutdown:
+                processor.shutdown()
+        except Exception:
+            _log.debug("a span processor raised", exc_info=True)
+            return True  # it will not do better for being waited for
+        return in_time
 
     def _pending(self) -> bool:
         return bool(self._ready or self._waiting or self._calls or self._flushes)
@@ -322,7 +335,7 @@ class _Flush:
 
     __slots__ = ("deadline", "done", "shutdown")
 
-    def __init__(self, deadline: float, done: Callable[[], None], shutdown: bool) -> None:
+    def __init__(self, deadline: float, done: Callable[[bool], None], shutdown: bool) -> None:
         self.deadline = deadline
         self.done = done
         self.shutdown = shutdown

@@ -370,7 +370,7 @@ class ExecutionSpan(Span):
         self, exception: BaseException, attributes: Any = None, timestamp: int | None = None, escaped: bool = False
     ) -> None:
         """Adds an `exception` event; its text goes through the telemetry's `redact`."""
-        event = self.trace.root.tracer.exception_attributes(exception)
+        event = self.trace.root.tracer.texts.attributes(exception)
         self.add_event("exception", {**event, "exception.escaped": str(escaped), **(attributes or {})}, timestamp)
 
     def set_status(self, status: Any, description: str | None = None) -> None:

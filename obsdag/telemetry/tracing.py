@@ -183,18 +183,18 @@ class Tracing:
     async def flush(self, timeout_s: float = FLUSH_S) -> bool:
         """Exports what is kept, in a thread; False if that took longer than `timeout_s`. At once if nothing is."""
         loop = asyncio.get_running_loop()
-        came: asyncio.Future[None] = loop.create_future()
+        came: asyncio.Future[bool] = loop.create_future()
 
-        def done() -> None:
+        def done(in_time: bool) -> None:
             try:
-                loop.call_soon_threadsafe(lambda: None if came.done() else came.set_result(None))
+                loop.call_soon_threadsafe(lambda: None if came.done() else came.set_result(in_time))
             except RuntimeError:  # nobody waits any more: the loop is closed
                 return
 
         if not self._pipeline.begin_flush(timeout_s, done):
             return True
         await asyncio.wait({came}, timeout=timeout_s)
-        return came.done()
+        return came.done() and came.result()
 
     def flush_sync(self, timeout_s: float = FLUSH_S) -> bool:
         """The same for scripts, without an event loop; blocks for at most `timeout_s`."""

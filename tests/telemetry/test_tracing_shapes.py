@@ -224,7 +224,8 @@ async def test_process_tasks_go_on_with_the_trace_and_send_back_what_they_say() 
 
     spans = await sent(dag, {"n": 20}, process_pool_worker_num=1)
 
-    assert outline(spans) == [
+    lines = [line for line in outline(spans) if "wait pool_wait" not in line]  # the worker process takes its time
+    assert lines == [
         "context processes output",
         "  execute far success",
         "    dispatch far",
