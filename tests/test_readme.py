@@ -40,7 +40,7 @@ def _blocks() -> list[Block]:
 
 BLOCKS = _blocks()
 COMMANDS = [
-    (block.line, command.strip())
+    pytest.param(block.line, command.strip(), marks=[pytest.mark.slow] if "/obsdag " in command else [])
     for block in BLOCKS
     if block.language == "console"
     for line in block.text.splitlines()
@@ -58,7 +58,7 @@ def _run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         cwd=folder,
-        env=environ | {"PYTHONPATH": str(ROOT)},
+        env=environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -79,7 +79,7 @@ def test_python_blocks_run_as_they_stand(block: Block, tmp_path: Path) -> None:
         assert done.stdout == block.output
 
 
-@pytest.mark.parametrize(("line", "command"), COMMANDS, ids=str)
+@pytest.mark.parametrize(("line", "command"), COMMANDS)
 def test_commands_do_what_they_say(line: int, command: str, tmp_path: Path) -> None:
     words = shlex.split(command)
     if words[:3] == ["python3", "-m", "venv"] or words[-2:] == ["-m", "pytest"]:
