@@ -192,9 +192,9 @@ def trace_ids_of(context: Context | None, execution: Execution | None) -> tuple[
     if found is not None:
         return found
     trace = context._trace if context is not None else None
-    if trace is None:
+    root = getattr(trace, "root", None)
+    if trace is None or root is None:  # not traced, or known only by its caller so far
         return None, None
-    root = trace.root
     span = getattr(root, "span", None)  # of live tracing
     ids = root if span is None else span.get_span_context()
     return f"{ids.trace_id:032x}", f"{ids.span_id:016x}" if trace.top else None
