@@ -225,7 +225,7 @@ class Executor:
                 self._shells.remove(shell)
             self._pools.listeners[:] = [facts for facts in self._pools.listeners if facts is not run.facts]
             result.failures, result.counts, result.stalled = list(run.failures), run.counts, run.stalls
-            result.duration_s = max(end - run.started, 0.0)
+            result.duration_s = max(end - run.first_entered, 0.0) if run.first_entered is not None else 0.0
             result.cleanup_errors, result.abandoned = shell.runners.errors, shell.abandoned
             self._add_up(shell)
             self._tell_end(shell, result)

@@ -136,7 +136,9 @@ class ServiceRunner:
                 shell.run.cancelled(execution, shell.clock())
             else:
                 shell.settle_failure(execution, asyncio.CancelledError("the service cancelled the future"))
-        elif (error := answer.exception()) is not None:
+        elif isinstance(error := answer.exception(), KeyboardInterrupt | SystemExit):
+            shell.interrupted(execution, error)
+        elif error is not None:
             shell.settle_failure(execution, error)
         else:
             shell.finish(execution, answer.result())

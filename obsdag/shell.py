@@ -140,6 +140,8 @@ class RunShell:
                 return None
         if self.free and (run.queue.size or self.inputs is not None):
             self.wake_worker()
+        elif self.feeding is not None and self.free:
+            self.wanted.set()
         return context
 
     def wake_worker(self) -> None:
@@ -210,7 +212,7 @@ class RunShell:
 
     def _pull_input(self, worker: int, now: float) -> Context | None:
         """The next input, which its worker drives at once; None if there is none, or no room (E16)."""
-        while self.inputs is not None and self.run.has_room:
+        while self.inputs is not None and self.run.has_room and not self.early:
             try:
                 context = as_context(next(self.inputs))
                 if self.run.accept_visited(context, worker, now):
@@ -306,10 +308,14 @@ class RunShell:
                 return
             self.uncancel(execution.handle)
         elif isinstance(error, KeyboardInterrupt | SystemExit):
-            self.run.fail(execution, error, self.clock())
-            self.end_early("interrupt", error)
+            self.interrupted(execution, error)
             return
         self.settle_failure(execution, error)
+
+    def interrupted(self, execution: Execution, error: BaseException) -> None:
+        """KeyboardInterrupt and SystemExit end the run, wherever they are raised (E6)."""
+        self.run.fail(execution, error, self.clock())
+        self.end_early("interrupt", error)
 
     def settle_failure(self, execution: Execution, error: BaseException) -> None:
         """Retries by the task's policy, or fails the context (E6)."""
@@ -462,6 +468,7 @@ class RunShell:
         """The run is to end as E9; the first reason counts."""
         if not self.early:
             self.early, self.fatal = why, error
+            self.inputs = None  # what is left of it is not asked for any more
         if not self.done.done():
             self.done.set_result(None)
 
@@ -483,7 +490,7 @@ class RunShell:
         """Cancels what still runs, again if it is swallowed, until the grace is over (E9)."""
         current = asyncio.current_task()
         end = self.loop.time() + self.config.shutdown_grace
-        while pending := [task for task in self.tasks if task is not current]:
+        while pending := [task for task in self.tasks if task is not current and not task.done()]:
             for task in pending:
                 task.cancel()
             left = end - self.loop.time()

@@ -68,6 +68,7 @@ class RunBase:
         self.clock = clock
         self.epoch = epoch
         self.started = clock()
+        self.first_entered: float | None = None
         self.facts = Facts()
         self.recording = self.keeping = False
         self.queue = ContextQueue()

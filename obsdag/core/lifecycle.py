@@ -108,6 +108,8 @@ class Lifecycle(RunBase):
         context._ledger = context._records = context._waits = None
         context._state = state = _RUNNING if visited else _QUEUED
         self.contexts[context] = None
+        if self.first_entered is None:
+            self.first_entered = now
         self.living += 1
         self.entered[_KIND_INDEX[kind]] += 1
         self.state_counts[state] += 1

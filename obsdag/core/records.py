@@ -143,7 +143,8 @@ class Lend:
 
     mask: the tasks below `index`, not ready on the parent meanwhile. children: in order of creation, kept only while a
     join below needs them (`keeps`). living: children that have not ended. arrived: join index -> children that wait
-    there. finished: how children ended that did not arrive: outcome -> number. pulling: its map has not ended.
+    there. finished: how children ended that did not arrive: outcome -> number. pulling: its map has not ended; mapped: it
+    is a map's.
     """
 
     __slots__ = (
@@ -155,6 +156,7 @@ class Lend:
         "joining",
         "keeps",
         "living",
+        "mapped",
         "mask",
         "outcomes",
         "parent",
@@ -172,7 +174,7 @@ class Lend:
         self.outcomes: dict[str, int] = {}
         self.failed: BaseException | None = None
         self.first_arrival = 0.0
-        self.pulling = False
+        self.pulling = self.mapped = False
         self.joining = -1
 
 

@@ -57,7 +57,7 @@ class Sources(Progress):
         context._holds += 1
         if execution.task.shape == "map":
             pull.lend = self._lend(context, index, self.clock())
-            pull.lend.pulling = True
+            pull.lend.pulling = pull.lend.mapped = True
         self.reserved += 1
         return pull
 
@@ -300,24 +300,43 @@ class Sources(Progress):
         if lend.pulling or parent._outcome is not None or parent._state == _DISCARDED or not lend.keeps:
             return False
         join = self._join_for(lend)
-        if join is None or self._outside(lend, join) & ~parent._done:
+        branches = self._branches_at(parent, join) if join is not None else []
+        if join is None or not branches or self._outside(branches, join) & ~parent._done:
             return False
         task = self.plan.tasks[join]
-        if lend.outcomes.get("failed") and getattr(task, "on_child_failure", "fail") == "fail":
-            self._fail_by_children(lend, task, now)
+        failed = sum(branch.outcomes.get("failed", 0) for branch in branches)
+        if failed and getattr(task, "on_child_failure", "fail") == "fail":
+            self._fail_by_children(parent, branches, failed, task, now)
             return True
-        lend.joining = join
+        for branch in branches:
+            branch.joining = join
         parent._ready |= self.plan.bit[join]
+        self._tell_released(parent, branches, join, now)
+        self._schedule(parent, now)
+        return True
+
+    def _branches_at(self, parent: Context, join: int) -> list[Lend]:
+        """The lent branches of a parent that meet at a join; none while one of them is not there yet (T15)."""
+        meeting = []
+        for lend in (more_of(parent).lends or {}).values():
+            if not lend.mask & self.plan.bit[join]:
+                continue
+            target = None if lend.pulling else self._join_for(lend)
+            if target != join and (lend.pulling or lend.living or target is not None):
+                return []
+            meeting.append(lend)
+        return meeting
+
+    def _tell_released(self, parent: Context, branches: list[Lend], join: int, now: float) -> None:
         if self.facts.join_released is not None:
-            waited = now - lend.first_arrival if lend.arrived else 0.0
-            self.facts.join_released(parent, task, lend.arrived.get(join, 0), waited, now)
+            arrived = sum(branch.arrived.get(join, 0) for branch in branches)
+            first = min((branch.first_arrival for branch in branches if branch.arrived), default=now)
+            self.facts.join_released(parent, self.plan.tasks[join], arrived, now - first, now)
         if self.recording and self.cause is not None:
             released = more_of(parent).released
             if released is None:
                 released = more_of(parent).released = {}
             released[join] = self.cause
-        self._schedule(parent, now)
-        return True
 
     def _join_for(self, lend: Lend) -> int | None:
         """The join at which all living children wait; with none living, none gone elsewhere, the branch's own."""
@@ -342,50 +361,53 @@ class Sources(Progress):
                 depth[task] = here + (1 if plan.maps & plan.bit[task] else 0)
         return None
 
-    def _outside(self, lend: Lend, join: int) -> int:
-        return self.plan.up[join] & ~(lend.mask | self.plan.bit[lend.index])
+    def _outside(self, branches: list[Lend], join: int) -> int:
+        """The upstreams of a join that are in none of the lent branches."""
+        inside = 0
+        for lend in branches:
+            inside |= lend.mask | self.plan.bit[lend.index]
+        return self.plan.up[join] & ~inside
 
-    def _fail_by_children(self, lend: Lend, task: Task, now: float) -> None:
-        failed, total = lend.outcomes["failed"], len(lend.children)
-        error = TaskError(f"join {task.id!r}: {failed} of {total} children failed, the first with {lend.failed!r}")
-        error.__cause__ = lend.failed
-        parent = lend.parent
-        attempt_of = Execution(parent, task, self.plan.index[task.id], 1, now, -1)
-        attempt_of.outcome = "error"
-        self.fail_context(parent, error, attempt_of, now)
+    def _fail_by_children(self, parent: Context, branches: list[Lend], failed: int, task: Task, now: float) -> None:
+        total = sum(len(branch.children) for branch in branches)
+        cause = next((branch.failed for branch in branches if branch.failed is not None), None)
+        error = TaskError(f"join {task.id!r}: {failed} of {total} children failed, the first with {cause!r}")
+        error.__cause__ = cause
+        self.fail_context(parent, error, Execution(parent, task, self.plan.index[task.id], 1, now, -1), now)
 
     def join_children(self, parent: Context, index: int) -> tuple[list[Context], list[Context], list[Context]]:
-        """For the shell: the children that the join is called with, those that failed, and those that were dropped."""
-        lend = self._lend_joining(parent, index)
-        if lend is None:
-            return [], [], []
-        arrived = [child for child in lend.children if child._outcome is None]
-        failed = [child for child in lend.children if child._outcome == "failed"]
-        dropped = [child for child in lend.children if child._outcome == "dropped"]
+        """For the shell: the children that the join is called with, those that failed, and those that were dropped.
+
+        Each in order of creation (T15).
+        """
+        branches = self._joining(parent, index)
+        children = [child for lend in branches for child in lend.children]
+        if len(branches) > 1 or any(not lend.mapped for lend in branches):  # a map's enter in order of creation
+            mine = set(children)
+            children = [child for child in parent._children or () if child in mine]
+        arrived = [child for child in children if child._outcome is None]
+        failed = [child for child in children if child._outcome == "failed"]
+        dropped = [child for child in children if child._outcome == "dropped"]
         return arrived, failed, dropped
 
-    def _lend_joining(self, parent: Context, index: int) -> Lend | None:
+    def _joining(self, parent: Context, index: int) -> list[Lend]:
         more = parent._more
-        for lend in (more.lends or {}).values() if more is not None else ():
-            if lend.joining == index:
-                return lend
-        return None
+        return [lend for lend in ((more.lends or {}).values() if more is not None else ()) if lend.joining == index]
 
     def _joined(self, parent: Context, index: int, returned: list[Context], now: float) -> None:
         """The join succeeded: its children are merged, except those that it returned, which go on (T15)."""
-        lend = self._lend_joining(parent, index)
-        if lend is None:
-            return
         going_on = {id(context) for context in returned}
-        for child in lend.children:
+        branches = self._joining(parent, index)
+        for child in [child for lend in branches for child in lend.children]:
             if child._outcome is None:
                 if id(child) in going_on:
                     self._unarrive(child, now)
                 else:
                     self._end(child, "merged", now)
-        if parent._outcome is None:
-            self._close_lend(parent, lend, index, now)
-        lend.children.clear()
+        for lend in branches:
+            if parent._outcome is None:
+                self._close_lend(parent, lend, index, now)
+            lend.children.clear()
 
     def _unarrive(self, child: Context, now: float) -> None:
         more = more_of(child)
@@ -498,7 +520,7 @@ class Sources(Progress):
         plan = self.plan
         join = next(iter(lend.arrived), plan.sink)
         task = plan.tasks[join].id
-        missing = tuple(plan.names(self._outside(lend, join) & ~parent._done))
+        missing = tuple(plan.names(self._outside([lend], join) & ~parent._done))
         elsewhere = [plan.tasks[other].id for other in lend.arrived if other != join]
         if missing:
             reason = "the join waits for upstreams of its parent that will never complete"

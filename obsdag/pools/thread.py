@@ -295,8 +295,8 @@ def _call(
 ) -> tuple[Any, BaseException | None]:
     try:
         return context.run(function, *args), None
-    except StopIteration as stop:
-        error = RuntimeError(f"{_label(function)} raised StopIteration")
+    except (StopIteration, GeneratorExit) as stop:  # both mean something else to the coroutine that awaits the job
+        error = RuntimeError(f"{_label(function)} raised {type(stop).__name__}")
         error.__cause__ = stop
         return None, error
     except BaseException as error:
