@@ -112,6 +112,17 @@ async def test_T9_a_router_that_returns_rubbish_fails_its_context(engine: Engine
 
 
 @every_schedule
+@pytest.mark.parametrize("kind", ["async", "router", "foreground_router"])
+@pytest.mark.parametrize("data", [{}, {"a": 1}], ids=repr)
+async def test_T9_a_router_that_returns_its_context_fails_it(engine: Engine, kind: str, data: dict[str, int]) -> None:
+    log = Log()
+    result = await engine.run(routed(log, lambda ctx, dag: ctx, kind), [data])
+    assert log == []
+    assert_counts(result, failed=1)
+    assert isinstance(result.failures[0].exception, TaskError)
+
+
+@every_schedule
 async def test_T9_a_task_of_another_dag_is_rubbish(engine: Engine) -> None:
     log, other = Log(), DAG()
     chain(other, log, "z")
@@ -614,7 +625,7 @@ async def test_T13_a_pool_with_a_stuck_thread_goes_on(engine: Engine) -> None:
     def work(ctx: Context) -> Context:
         return stuck.stay(ctx) if ctx["n"] == 0 else ctx
 
-    dag.task(work, name="work", timeout=0.5)
+    dag.task(work, name="work", timeout=0.1)
     chain(dag, log, "end", after="work")
 
     @dag.task(after="end")
