@@ -1,4 +1,4 @@
-"""What the commands share: the one kind of error that they report, statuses, and standard output kept for the output."""
+"""What the commands share: the one kind of error they report, statuses, and standard output kept for the output."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "OK", "TERMINATED", "CliError", "one_line", "output_descriptor", "shown"]
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "OK", "CliError", "one_line", "output_descriptor", "shown"]
 
 OK: Final = 0
 FAILED: Final = 1  # the command did its work, and some contexts failed or stalled
 BAD_INPUT: Final = 2  # the command could not do its work with what it was given
 INTERRUPTED: Final = 130
-TERMINATED: Final = 143
 
 
 class CliError(Exception):

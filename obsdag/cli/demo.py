@@ -1,8 +1,8 @@
 """`obsdag demo`: a census of a source tree by the DAG of `obsdag.examples.census`, and a report of how the run went.
 
-Two kinds of trouble are part of it. Files that are not Python, or not text, fail: the report lists them as expected. The
-task `register` stumbles over one file in 16 on purpose, chosen by the file's digest, and is tried again. Anything else
-that fails is a bug, is shown as such, and makes the exit status 1.
+Two kinds of trouble are part of it. Files that are not Python, not text, or not to be read fail: the report lists them
+as expected. The task `register` stumbles over one file in 16 on purpose, chosen by the file's digest, and is tried
+again. Anything else that fails is a bug, is shown as such, and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ __all__ = ["DEFAULTS", "Slow", "Watch", "add_command"]
 DEFAULTS: Final[Mapping[str, Any]] = {
     "context_worker_num": 8,
     "task_worker_num": 0,
-    "thread_pool_worker_num": 4,
+    "thread_pool_worker_num": 3,
     "process_pool_worker_num": max(1, min(4, os.cpu_count() or 1)),
     "max_live_contexts": 32,
 }
 """Settings of the demo: few contexts in flight, so that what one of them waits for is seen in its ledger."""
 
+_FILES: Final = ("census.jsonl", "failures.jsonl", "summary.json")
 _SLOWEST: Final = 5
+_EXAMPLES: Final = 100
 _TICK_S: Final = 0.1
 
 
@@ -57,9 +59,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="see a DAG at work: a census of Python files",
-        description="Takes a census of the Python files below a folder, with a loop, three parallel branches (one of them in"
-        " worker processes), a router, retries and real failures, and reports where the time went. Hidden folders and"
-        " installed packages (site-packages) are left out.",
+        description="Takes a census of the Python files below a folder, with a loop, three parallel branches (one of"
+        " them in worker processes), a router, retries and real failures, and reports where the time went. Hidden"
+        " folders and installed packages (site-packages) are left out.",
         epilog=settings_help(),
     )
     parser.add_argument("--path", metavar="DIR", help="default: the standard library of this Python")
@@ -84,7 +86,7 @@ def command(args: argparse.Namespace) -> int:
     except ObsdagError as error:
         raise CliError(one_line(error)) from error
     with contextlib.ExitStack() as stack:
-        sinks = {name: LineSink(str(out / name), "--out") for name in ("census.jsonl", "failures.jsonl", "summary.json")}
+        sinks = {name: LineSink(str(out / name), "--out") for name in _FILES}
         for sink in sinks.values():
             stack.callback(sink.discard)
         progress = make_progress(f"census of {folder.name or folder}", args.quiet)
@@ -102,7 +104,7 @@ def _folder(path: str | None) -> Path:
         raise CliError(f"--path {str(folder)!r} is no folder that can be read: {reason}") from error
     if next(find_sources(str(folder)), None) is None:
         raise CliError(
-            f"--path {str(folder)!r}: there is no .py file below it (hidden folders and installed packages are left out)"
+            f"--path {str(folder)!r}: there is no .py file below it (hidden folders and site-packages are left out)"
         )
     return folder.absolute()
 
@@ -142,8 +144,13 @@ class Slow:
         """The same, ready for JSON."""
         path = [{"task": task, "seconds": round(seconds, 6)} for task, seconds in self.path]
         ledger = {state: round(seconds, 6) for state, seconds in self.ledger.items()}
-        return {"context": self.name, "seconds": round(self.took_s, 6), "outcome": self.outcome, "ledger": ledger,
-                "critical_path": path}
+        return {
+            "context": self.name,
+            "seconds": round(self.took_s, 6),
+            "outcome": self.outcome,
+            "ledger": ledger,
+            "critical_path": path,
+        }
 
 
 class Watch(Observer):
@@ -162,7 +169,7 @@ class Watch(Observer):
         self.unexpected_total = 0
         self.retries: Counter[str] = Counter()
         self.slowest: list[Slow] = []
-        self.records: list[dict[str, Any]] = []
+        self.sink: LineSink | None = None
 
     def run_started(self, run: RunState, now: float) -> None:
         """Remembers whom to ask for critical paths."""
@@ -190,19 +197,14 @@ class Watch(Observer):
         kind = type(error).__name__.lower() if isinstance(error, EXPECTED) else ""
         if kind:
             self.expected[kind] += 1
-            self.examples.append((kind, context.id, one_line(error)))
+            if len(self.examples) < _EXAMPLES:
+                self.examples.append((kind, context.id, one_line(error)))
         else:
             self._unexpected(str(failure))
-        self.records.append(
-            {
-                "file": context.get("path"),
-                "expected": bool(kind),
-                "task": failure.task,
-                "attempts": failure.attempts,
-                "error_type": type(error).__name__,
-                "error": str(error),
-            }
-        )
+        if self.sink is not None:
+            record = {"file": context.get("path"), "expected": bool(kind), "task": failure.task}
+            record |= {"attempts": failure.attempts, "error_type": type(error).__name__, "error": str(error)}
+            self.sink.put(lenient_line(record))
 
     def context_stalled(self, context: Context, stall: Stall, now: float) -> None:
         """Never expected."""
@@ -238,7 +240,7 @@ class _Census:
         self.progress = progress
         self.summary = Summary()
         self.total = 0
-        self.counts: dict[str, int] = {}
+        watch.sink = sinks["failures.jsonl"]
 
     async def run(self) -> int:
         """The exit status. Raises CliError."""
@@ -271,7 +273,6 @@ class _Census:
         finally:
             if ticking is not None:
                 ticking.cancel()
-        self.counts = outputs.counts
         return ""
 
     async def _tick(self) -> None:
@@ -290,8 +291,6 @@ class _Census:
             self.watch._unexpected(early)
         stats = self.executor.stats()
         facts = self._facts(took_s, stats)
-        for record in self.watch.records:
-            self.sinks["failures.jsonl"].put(lenient_line(record))
         self.sinks["summary.json"].put(json.dumps(facts, indent=2).encode() + b"\n")
         for sink in self.sinks.values():
             await sink.flush()
@@ -311,11 +310,12 @@ class _Census:
             "expected_failures": dict(watch.expected),
             "unexpected_failures": watch.unexpected_total,
             "unexpected": watch.unexpected,
-            "failures": [{"kind": kind, "file": name, "error": error} for kind, name, error in watch.examples],
+            "failures": [{"kind": kind, "file": name, "error": error} for kind, name, error in sorted(watch.examples)],
             "retries": dict(watch.retries),
             "census": self.summary.to_dict(),
             "tasks": {
-                name: {**numbers, "kind": self.executor.dag.tasks[name].runs_on} for name, numbers in stats["tasks"].items()
+                name: {"runs_on": self.executor.dag.tasks[name].runs_on, **numbers}
+                for name, numbers in stats["tasks"].items()
             },
             "slowest": [slow.to_dict() for slow in sorted(watch.slowest, reverse=True)],
         }

@@ -55,7 +55,7 @@ def _identity(file: str | int) -> object:
 
 
 class LineSink:
-    """Lines to a file. `put` never blocks; `flush` writes what was put, in a thread, and raises CliError if it cannot."""
+    """Lines to a file. `put` never blocks; `flush` writes what was put, in a thread. Raises CliError if it cannot."""
 
     def __init__(self, path: str | None, option: str, descriptor: int | None = None) -> None:
         """path: the target, checked and opened now. descriptor: where to write instead of opening a path."""

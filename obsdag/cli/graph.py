@@ -30,7 +30,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "graph",
         help="draw a DAG",
-        description="Writes a DAG as Mermaid (for Markdown), Graphviz's dot, JSON (nodes and edges), or a picture (SVG).",
+        description="Writes a DAG as Mermaid (for Markdown), Graphviz's dot, JSON (nodes and edges), or SVG.",
     )
     parser.add_argument("target", metavar="DAG", help="module:dag, path/to/file.py:dag, or a TOML file")
     parser.add_argument("-f", "--format", choices=FORMATS, default="mermaid", help="default: mermaid")

@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from obsdag.cli.common import CliError, one_line, shown
@@ -51,14 +51,15 @@ async def in_daemon_thread(function: Callable[..., _T], *arguments: Any) -> _T:
 class LineSource:
     """The input of a run: one context for each line, which is a JSON object. Blank lines are left out.
 
-    A context is named after its line, "orders.jsonl:17", so that a failure says where its input stands. The file is read
-    once and as it is needed, so it may be a pipe, and larger than memory; lines_read and bytes_read tell how far.
+    A context is named after its line, "orders.jsonl:17", so that a failure says where its input stands. The file is
+    read once and as it is needed, so it may be a pipe, and larger than memory; lines_read and bytes_read tell how far.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
         self.name = name
         self.lines_read = 0
         self.bytes_read = 0
+        self._rest: list[bytes] = []  # of a line whose end has not been read
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self._is_file = stat.S_ISREG(status.st_mode)
@@ -71,33 +72,46 @@ class LineSource:
             return None
         return min(1.0, self.bytes_read / self.size_bytes) if self.size_bytes else 1.0
 
-    async def contexts(self) -> AsyncIterator[Context]:
+    def contexts(self) -> Iterator[Context] | AsyncIterator[Context]:
         """The contexts, as they are asked for. Raises CliError with the place of the first line that is no object."""
-        rest: list[bytes] = []
-        while chunk := await self._read():
-            first, *others = chunk.split(b"\n")
-            rest.append(first)
-            if not others:
-                continue
-            whole, *others = [b"".join(rest), *others]
-            rest = [others.pop()]
-            for line in (whole, *others):
-                context = self._context(line)
-                if context is not None:
-                    yield context
-                self.bytes_read += len(line) + 1
-        last = self._context(b"".join(rest))
-        if last is not None:
-            yield last
-        self.bytes_read = self.size_bytes or self.bytes_read
+        return self._from_file() if self._is_file else self._from_pipe()
 
-    async def _read(self) -> bytes:
+    def _from_file(self) -> Iterator[Context]:
+        while chunk := self._read():
+            yield from self._contexts(chunk)
+        yield from self._last()
+
+    async def _from_pipe(self) -> AsyncIterator[Context]:
+        while chunk := await in_daemon_thread(self._read):  # which may come late, and must not keep the loop
+            for context in self._contexts(chunk):
+                yield context
+        for context in self._last():
+            yield context
+
+    def _read(self) -> bytes:
         try:
-            if self._is_file:
-                return os.read(self._descriptor, _READ_BYTES)
-            return await in_daemon_thread(os.read, self._descriptor, _READ_BYTES)
+            return os.read(self._descriptor, _READ_BYTES)
         except OSError as error:
             raise CliError(f"{self.name} cannot be read: {error.strerror or error}") from error
+
+    def _contexts(self, chunk: bytes) -> Iterator[Context]:
+        first, *others = chunk.split(b"\n")
+        self._rest.append(first)
+        if not others:
+            return
+        lines = [b"".join(self._rest), *others]
+        self._rest = [lines.pop()]
+        for line in lines:
+            context = self._context(line)
+            if context is not None:
+                yield context
+            self.bytes_read += len(line) + 1
+
+    def _last(self) -> Iterator[Context]:
+        context = self._context(b"".join(self._rest))
+        if context is not None:
+            yield context
+        self.bytes_read = self.size_bytes or self.bytes_read
 
     def _context(self, line: bytes) -> Context | None:
         self.lines_read += 1
@@ -167,7 +181,7 @@ def _flat(value: Any) -> Any:
         line_of({"": value})
     except (TypeError, ValueError, RecursionError):
         try:
-            return f"{value!r:.1000}" if type(value).__repr__ is object.__repr__ else repr(value)[:1000]
+            return repr(value)[:1000]
         except Exception:  # of the user's own __repr__
             return f"<{type(value).__name__}>"
     return value

@@ -26,20 +26,27 @@ class Status:
     living: int = 0
     fraction: float | None = None
 
-    def told(self, elapsed_s: float) -> str:
+    def told(self, elapsed_s: float, with_living: bool = True) -> str:
         """The numbers, on one line."""
         rate = self.outputs / elapsed_s if elapsed_s > 0 else 0.0
-        parts = [f"{self.outputs:,} out", f"{self.failed:,} failed", f"{self.living:,} in flight", f"{rate:,.0f}/s"]
-        return ", ".join(parts)
+        living = [f"{self.living:,} in flight"] if with_living else []
+        return ", ".join([f"{self.outputs:,} out", f"{self.failed:,} failed", *living, f"{rate:,.0f}/s"])
 
 
 class Progress(Protocol):
-    """What a command tells while it works. `update` may be called often; `say` shows a line that stays."""
+    """What a command tells while it works: how the run stands, and lines that stay."""
 
-    def start(self) -> None: ...
-    def update(self, status: Status) -> None: ...
-    def say(self, line: str) -> None: ...
-    def stop(self) -> None: ...
+    def start(self) -> None:
+        """Begins to show it."""
+
+    def update(self, status: Status) -> None:
+        """Shows how the run stands, if it is time to."""
+
+    def say(self, line: str) -> None:
+        """Shows a line."""
+
+    def stop(self) -> None:
+        """Ends to show it; again is a no-op."""
 
 
 class Silent:
@@ -118,7 +125,8 @@ class Bar(Silent):
 
     def update(self, status: Status) -> None:
         """Draws the new state, at rich's own pace."""
-        fields: dict[str, Any] = {"told": status.told(time.monotonic() - self._started), "share": ""}
+        told = status.told(time.monotonic() - self._started, with_living=self._console.width >= 100)
+        fields: dict[str, Any] = {"told": told, "share": ""}
         if status.fraction is not None:
             fields |= {"total": 1.0, "completed": status.fraction, "share": f"{status.fraction:.0%}"}
         self._bar.update(self._task, **fields)

@@ -1,8 +1,8 @@
 """`obsdag run`: lines of JSON through a DAG.
 
-Input is read as the run has room for it and outputs are written as they come, so memory is bounded by max_live_contexts
-whatever the input's size. A broken line is therefore found when its turn comes: it ends the run, and no file is left. How
-a run ends, its status, and what becomes of its files:
+Input is read as the run has room for it and outputs are written as they come, so memory is bounded by
+max_live_contexts whatever the input's size. A broken line is therefore found when its turn comes: it ends the run, and
+no file is left. How a run ends, its status, and what becomes of its files:
 
     every context went well                               0    written
     some failed, stalled, or gave what JSON cannot write  1    written; they hold all the others
@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from obsdag.cli.common import FAILED, OK, TERMINATED, CliError, one_line, output_descriptor, shown
+from obsdag.cli.common import FAILED, OK, CliError, one_line, output_descriptor, shown
 from obsdag.cli.files import LineSink, check_apart, open_input
 from obsdag.cli.jsonl import LineSource, lenient_line, line_of, why_not_json
 from obsdag.cli.progress import Progress, Status, make_progress
@@ -62,12 +62,15 @@ def add_command(commands: Any) -> None:
         description="Runs a DAG: one context for each line of the input, one line for each output, as they come.",
         epilog=_ENDING + settings_help(),
     )
-    parser.add_argument("target", metavar="DAG", help="module:dag, path/to/file.py:dag (a DAG, or a function that makes one), or a TOML file")
-    parser.add_argument("-i", "--input", metavar="FILE.jsonl", default="-", help="lines of JSON objects; -, the default: standard input")
-    parser.add_argument("-o", "--output", metavar="FILE.jsonl", default="-", help="where outputs go; -, the default: standard output")
-    parser.add_argument("--failures", metavar="FILE.jsonl", help="where failed and stalled contexts go, one line each")
-    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress and no summary")
-    parser.add_argument("--log-level", choices=LOG_LEVELS, help="show the engine's log lines from this level on (default: none)")
+    add = parser.add_argument
+    dag = "module:dag, path/to/file.py:dag (a DAG, or a function that makes one), or a TOML file"
+    add("target", metavar="DAG", help=dag)
+    file: dict[str, Any] = {"metavar": "FILE.jsonl", "default": "-"}
+    add("-i", "--input", **file, help="lines of JSON objects; -, the default: standard input")
+    add("-o", "--output", **file, help="where outputs go; -, the default: standard output")
+    add("--failures", metavar="FILE.jsonl", help="where failed and stalled contexts go, one line each")
+    add("-q", "--quiet", action="store_true", help="show no progress and no summary")
+    add("--log-level", choices=LOG_LEVELS, help="show the engine's log lines from this level on (default: none)")
     add_settings(parser)
     parser.set_defaults(command=command)
 
@@ -89,7 +92,8 @@ def command(args: argparse.Namespace) -> int:
         try:
             executor = Executor(dag, config=config.replace(observers=(*config.observers, log)))
         except ObsdagError as error:
-            raise CliError(f"{args.target}: {one_line(error)}") from error
+            hint = " (--processes N)" if "process_pool_worker_num" in str(error) else ""
+            raise CliError(f"{args.target}: {one_line(error)}{hint}") from error
         progress = make_progress(source.name, args.quiet)
         return asyncio.run(_Run(executor, source, sink, log, progress, args.quiet).run())
 
@@ -112,7 +116,7 @@ def _open_source(args: argparse.Namespace, stack: contextlib.ExitStack) -> LineS
 
 
 def set_up_logs(config: ExecutorConfig, level: str | None) -> ExecutorConfig:
-    """The configuration with log lines from `level` on; without a level, with none, since the command tells failures."""
+    """The configuration with log lines from `level` on; without one, with none: the command itself tells failures."""
     from obsdag.telemetry import Telemetry
 
     if config.telemetry is not None:
@@ -163,7 +167,8 @@ class FailureLog(Observer):
         self.failed += 1
         if self.sink is None:
             if self.failed <= _SHOWN_FAILURES:
-                self.told.append(f"{shown(context.id)} {outcome} at {task!r}: {kind}: {shown(one_line(error))}")
+                whose = "" if context.parent is None else f" (of {shown(context.root.id)})"
+                self.told.append(f"{shown(context.id)}{whose} {outcome} at {task!r}: {kind}: {shown(one_line(error))}")
             return
         head = {"context": context.id, "root": context.root.id, "outcome": outcome, "task": task, "attempts": attempts}
         self.sink.put(lenient_line({**head, "error_type": kind, "error": error, "data": context.to_dict()}))
@@ -318,8 +323,8 @@ class _Run:
                 await asyncio.wait_for(sink.flush(), _STUCK_WRITE_S)
         self.progress.stop()
         why = "terminated" if signals else "interrupted"
-        lost = self.counts.get("cancelled", 0)
-        self.progress.say(f"obsdag run: {why} after {self.sink.lines:,} outputs, {lost:,} contexts cancelled{self._kept()}")
+        lost = f"{self.counts.get('cancelled', 0):,} contexts cancelled"
+        self.progress.say(f"obsdag run: {why} after {self.sink.lines:,} outputs, {lost}{self._kept()}")
 
     def _kept(self) -> str:
         kept = [name for sink in self.sinks if (name := sink.keep_partial())]
@@ -332,5 +337,5 @@ class _Run:
         numbers += [f"{number:,} {name}" for name, number in others.items()]
         where = "" if early or self.sink.name == "standard output" else f" -> {self.sink.name}"
         failures = f", failures -> {self.log.sink.name}" if self.log.sink is not None and not early else ""
-        text = f"obsdag run: {', '.join(numbers)} of {self.source.name} in {took_s:.2f} s ({rate:,.0f}/s){where}{failures}"
-        return shown(text)
+        took = f"in {took_s:.2f} s ({rate:,.0f}/s)"
+        return shown(f"obsdag run: {', '.join(numbers)} of {self.source.name} {took}{where}{failures}")

@@ -51,7 +51,9 @@ def settings_help() -> str:
     """The settings as they stand in the help, one line each or two."""
     rows = [row for row in ExecutorConfig.describe() if row.variable]
     width = max(len(row.name) for row in rows)
-    lines = [f"  {row.name:{width}}  {row.meaning}\n  {'':{width}}  ({row.allowed}; default {row.default})" for row in rows]
+    lines = []
+    for row in rows:
+        lines += [f"  {row.name:{width}}  {row.meaning}", f"  {'':{width}}  ({row.allowed}; default {row.default})"]
     return "\n".join(["settings for --set, a table [executor], or variables such as OBSDAG_DEADLINE:", *lines])
 
 

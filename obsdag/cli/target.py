@@ -1,8 +1,8 @@
 """The DAG that a command names: `module:dag`, `path/to/file.py:dag`, or a TOML file.
 
-The part after the colon is a DAG, or a function without parameters that makes one. Modules are looked for in the current
-directory first, and a file's own directory counts as one of its modules, as when Python runs it: worker processes find
-the functions of process tasks in the same way.
+The part after the colon is a DAG, or a function without parameters that makes one. Modules are looked for in the
+current directory first, and a file is a module of its own directory, as when Python runs it: worker processes find the
+functions of process tasks in the same way.
 """
 
 from __future__ import annotations
@@ -143,16 +143,17 @@ def _as_dag(found: Any, target: str) -> DAG:
         made.close()
         raise CliError(f"{target!r} is a coroutine function: {wanted}")
     if not isinstance(made, DAG):
-        raise CliError(f"{target!r} gave a {type(made).__name__} when called: {wanted}")
+        raise CliError(f"{target!r} gave something of type {type(made).__name__} when called: {wanted}")
     return made
 
 
 def _called(function: Callable[[], Any], target: str) -> Any:
+    needed: object = ""
     try:
-        needed = inspect.signature(function)
-        needed.bind()
+        needed = signature = inspect.signature(function)
+        signature.bind()
     except TypeError:
-        raise CliError(f"{target!r} takes parameters {needed}: name a function without any that makes the DAG") from None
+        raise CliError(f"{target!r} takes parameters {needed}: name a function without any that makes it") from None
     except ValueError:
         pass  # a builtin that does not tell; calling it will
     try:

@@ -21,7 +21,7 @@ import stat
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +47,7 @@ __all__ = [
 
 HUGE_BYTES: Final = 256 * 1024
 FLAKY_ONE_IN: Final = 16
+_BATCH: Final = 8
 LEFT_OUT: Final = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
 """Folders that are not looked into, as are hidden ones."""
 
@@ -95,12 +96,18 @@ def _may_be_read(path: str) -> bool:
         return True  # a broken or circular link: reading it says what is wrong
 
 
-def walk(ctx: Context) -> Iterator[Context]:
-    """One new context for each file below ctx["folder"]."""
+def walk(ctx: Context) -> Iterator[list[Context]]:
+    """One new context for each file below ctx["folder"], a few at a time: changing threads costs more than a file."""
+    batch: list[Context] = []
     for path in find_sources(ctx["folder"]):
         file = ctx.create(name=_readable(path))
         file.update(folder=ctx["folder"], path=path)
-        yield file
+        batch.append(file)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _readable(path: str) -> str:
@@ -156,7 +163,15 @@ def _counted(tree: ast.Module) -> dict[str, Any]:
 
 
 _NO_CODE = frozenset(
-    {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
+    {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENCODING,
+        tokenize.ENDMARKER,
+    }
 )
 
 
@@ -223,14 +238,14 @@ def is_flaky(digest: str) -> bool:
 
 
 async def register(ctx: Context) -> Context:
-    """Stands for a service that is not always there: its first attempt fails, on purpose, for some files (`is_flaky`)."""
+    """Stands for a service that is not always there: its first attempt fails on purpose for some files (`is_flaky`)."""
     if ctx.attempt == 1 and is_flaky(ctx["digest"]):
         ctx["hiccup"] = True
         raise Hiccup(f"no answer about {ctx['digest'][:8]}")
     return ctx
 
 
-def twins(ctx: Context) -> Iterator[Context]:
+def twins(ctx: Context) -> Generator[Context, Context, None]:
     """A stream: it remembers which contents it has seen, and marks files that are equal to an earlier one."""
     seen: dict[str, str] = {}
     while True:
@@ -288,7 +303,8 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         longest = [
-            {"function": name, "lines": lines, "file": path} for lines, name, path in sorted(self._longest, reverse=True)
+            {"function": name, "lines": lines, "file": path}
+            for lines, name, path in sorted(self._longest, reverse=True)
         ]
         return {
             "files": self.files,
