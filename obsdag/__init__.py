@@ -17,7 +17,7 @@ them here):
     services, generators, runners       how an execution of each kind of task is run
     worker, shell                       who drives a context; the asyncio shell around the core of one run
     executor                            `Executor`: opens runs and sees them to their end
-    serve                               `ServeExecutor`: takes contexts one by one, gives tickets, drains
+    tickets, serve                      tickets for submissions; `ServeExecutor`: takes them one by one, drains
     testing                             helpers for tests of one's own DAGs
     cli, examples, __main__             the command `obsdag`; programs to start from; `python -m obsdag`
 """
