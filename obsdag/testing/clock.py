@@ -107,13 +107,21 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         if patience and (events := wait(patience)):
             return events
         self.jumps += 1
-        self._set(max(self._virtual_now + timeout, math.nextafter(self._virtual_now, math.inf)))
+        self._set(self._target(timeout))
         return []
+
+    def _target(self, timeout: float) -> float:
+        """The time `timeout` from now; if that is a timer's but for the rounding, exactly the timer's."""
+        target = max(self._virtual_now + timeout, math.nextafter(self._virtual_now, math.inf))
+        timers: list[asyncio.TimerHandle] = getattr(self, "_scheduled", [])
+        when = timers[0].when() if timers else target
+        return when if abs(when - target) <= 4 * math.ulp(target) else target
 
     def _set(self, now: float) -> None:
         self._virtual_now = now
-        # asyncio fires what is due within one step of the clock; steps grow with the number (0.2 us in Unix time)
-        self._clock_resolution = max(1e-9, 2 * math.ulp(now))
+        # asyncio fires what is due within the clock's resolution from now. A timer that fired before its time would
+        # let a program that waits until some time in a loop wait for ever, since only jumps bring time on.
+        self._clock_resolution = math.ulp(now)
 
     def _wait_without_timer(self, wait: Callable[[float | None], list[Any]]) -> list[Any]:
         while self._jobs(wanted_only=False):

@@ -57,6 +57,22 @@ def test_a_timer_that_the_clock_cannot_resolve_still_fires(start: float) -> None
     assert run_virtual(main(), start=start) == pytest.approx(10 * 24 * 3600.0, abs=1.0)
 
 
+def test_no_timer_fires_before_its_time() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(0.1)
+        end = loop.time() + 8
+        while (left := end - loop.time()) > 0:  # comes to within a rounding error of the end
+            loop.call_soon(int)
+            await asyncio.sleep(min(left, 0.05))
+        due = loop.time() + 0.3
+        fired = loop.create_future()
+        loop.call_at(due, lambda: fired.set_result(loop.time()))
+        assert await fired == due
+
+    run_virtual(main())
+
+
 def test_turns_and_jumps_are_counted() -> None:
     async def main() -> tuple[int, int]:
         loop = virtual_loop()
