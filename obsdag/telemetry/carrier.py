@@ -29,7 +29,8 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from obsdag.errors import ConfigError
-from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, SPAN_KEY, ExecutionSpan, new_span_id
+from obsdag.telemetry.attach import SPAN_KEY
+from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, ExecutionSpan, new_span_id
 
 if TYPE_CHECKING:
     from obsdag.core.records import Execution

@@ -15,18 +15,15 @@ from opentelemetry.context import get_current
 from opentelemetry.trace import get_current_span
 
 from obsdag.core.states import LANES, State
+from obsdag.telemetry.attach import clear_current, make_current
 from obsdag.telemetry.carrier import Caller, without_span
 from obsdag.telemetry.keeping import Keeper
 from obsdag.telemetry.materialize import MAX_LINKS, build_run_span, error_text
 from obsdag.telemetry.records import (
-    SPAN_KEY,
     ContextTrace,
     ExecutionSpan,
     Part,
     RootTrace,
-    TraceContext,
-    clear_current,
-    make_current,
     new_span_id,
     new_trace_id,
     record_of,
@@ -211,7 +208,7 @@ class DeferredTracer(Keeper):
             self._start_odd(execution, trace, now)
             return
         span = execution.span = ExecutionSpan(trace, root.trace_id)
-        make_current(TraceContext({SPAN_KEY: span}))
+        make_current(span)
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Leaves a record."""
@@ -298,7 +295,7 @@ class DeferredTracer(Keeper):
             if arrived is not None:
                 span.detail().upstream, span.detail().upstream_count = list(arrived[0]), arrived[1][0]
         base = more.base if more is not None and more.base is not None else self._base
-        make_current(TraceContext({**base, SPAN_KEY: span}))
+        make_current(span, base)
 
     def _continue(self, root: RootTrace, now: float) -> None:
         more = root.rare()

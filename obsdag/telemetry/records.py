@@ -21,21 +21,17 @@ import os
 import random
 import threading
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from opentelemetry import context as otel_context
 from opentelemetry.context import Context as OtelContext
 from opentelemetry.trace import (
     DEFAULT_TRACE_OPTIONS,
-    INVALID_SPAN,
     Span,
     SpanContext,
     Status,
     StatusCode,
     TraceFlags,
     TraceState,
-    set_span_in_context,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +41,6 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_DETAILS",
     "SAMPLED",
-    "SPAN_KEY",
     "UNIT_BYTES",
     "ContextTrace",
     "Details",
@@ -53,19 +48,13 @@ __all__ = [
     "Part",
     "RootMore",
     "RootTrace",
-    "TraceContext",
-    "clear_current",
     "details_lock",
-    "make_current",
     "new_span_id",
     "new_trace_id",
     "record_of",
     "taken",
     "trace_ids",
 ]
-
-SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, OtelContext())))
-"""The key of the current span in an OpenTelemetry context: `set_span_in_context` per execution costs 0.1 us more."""
 
 SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 MAX_DETAILS: Final = 128
@@ -74,49 +63,6 @@ UNIT_BYTES: Final = 512
 """What a buffered span counts for in `max_buffered_bytes`: tuple, span and numbers were measured at about 400."""
 
 _NO_STATE: Final = TraceState()
-
-
-class TraceContext(OtelContext):
-    """The OpenTelemetry context of an execution. token: takes back what was current when the visit began."""
-
-    __slots__ = ("token",)
-
-    token: Any
-
-
-_variable: Any = getattr(getattr(otel_context, "_RUNTIME_CONTEXT", None), "_current_context", None)
-if not isinstance(_variable, ContextVar):  # pragma: no cover - another runtime context was installed by an entry point
-    _variable = None
-
-
-def make_current(context: TraceContext) -> None:
-    """Makes a context current; where one of ours still is, in its place.
-
-    Taking back what was current is left to `clear_current`, once per visit: a reset costs 0.2 us, a set 0.06.
-    """
-    if _variable is None:
-        context.token = otel_context.attach(context)
-        return
-    before = _variable.get(None)
-    if type(before) is TraceContext:
-        context.token = before.token
-        _variable.set(context)
-    else:
-        context.token = _variable.set(context)
-
-
-def clear_current() -> None:
-    """Takes back what was current before ours; not in a frame that copied ours from another, and ends anyway."""
-    current = otel_context.get_current()
-    if type(current) is not TraceContext:
-        return
-    if _variable is None:
-        otel_context.detach(current.token)
-        return
-    try:  # noqa: SIM105 - suppress costs 0.3 us
-        _variable.reset(current.token)
-    except (ValueError, RuntimeError):
-        pass
 
 
 _random = random.Random(os.urandom(32))

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, TraceFlags, get_current_span, use_span
 
 from obsdag import ConfigError
+from obsdag.telemetry.attach import SPAN_KEY, TraceContext
 from obsdag.telemetry.carrier import Caller, capture_caller, inject, remote_span, returning
 from obsdag.telemetry.records import new_span_id, new_trace_id
 from obsdag.telemetry.sampling import KeepBudget, RunningQuantile, ratio_bound
@@ -34,6 +35,36 @@ def test_ids_do_not_repeat_when_a_user_seeds_random() -> None:
 
     assert len({*first, *second}) == 400
     assert all(first)
+
+
+# --- the current context
+
+
+def test_the_context_of_an_execution_looks_like_any_other() -> None:
+    span = NonRecordingSpan(SpanContext(1, 2, False))
+    base = baggage.set_baggage("tenant", "blue", otel_context.Context())
+    context = TraceContext(base)
+    context.span = span
+    (key,) = base
+    plain = otel_context.Context({**base, SPAN_KEY: span})
+
+    assert get_current_span(context) is span
+    assert baggage.get_baggage("tenant", context) == "blue"
+    assert context == plain
+    assert dict(context) == {**context} == dict(plain)
+    assert (list(context), len(context)) == ([key, SPAN_KEY], 2)
+    assert list(context.keys()) == [key, SPAN_KEY]
+    assert list(context.items()) == list(plain.items())
+    assert list(context.values()) == list(plain.values())
+    assert context[SPAN_KEY] is span
+    assert SPAN_KEY in context
+    assert "other" not in context
+    assert context.get("other", 3) == 3
+    with pytest.raises(KeyError):
+        context["other"]
+    changed = otel_context.set_value("more", 1, context)
+    assert get_current_span(changed) is span
+    assert baggage.get_baggage("tenant", changed) == "blue"
 
 
 # --- ratio
