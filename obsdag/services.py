@@ -188,7 +188,7 @@ class ServiceRunner:
             return  # the loop is closed: nobody waits for the service any more
 
     def _died(self, body: asyncio.Future[Any]) -> None:
-        """The service ended: what was in it fails, the next context starts it anew (T14)."""
+        """The service ended: what it had taken fails, what it had not goes to the next one (T14)."""
         if self.body is not body:
             return
         self.body = None
@@ -198,12 +198,27 @@ class ServiceRunner:
         tell = self.shell.run.facts.task_restarted
         if tell is not None:
             tell(self.task, "thread" if self.threaded else "service", error)
-        for answer in list(self.waiting):
+        untouched = self._untouched()
+        for answer in [answer for answer in self.waiting if answer not in untouched]:
             failure = ServiceError(
                 f"service {self.task.id!r} ended before it answered{f': {error!r}' if error else ''}"
             )
             failure.__cause__ = error
             answer.set_exception(failure)
+        if untouched:
+            self._start()
+            for item in untouched.values():
+                self.inbox.put_nowait(item)
+
+    def _untouched(self) -> dict[Answer, tuple[Any, Any]]:
+        """What a dead service had not taken from its queue: the next one gets it."""
+        found: dict[Answer, tuple[Any, Any]] = {}
+        while not self.inbox.empty():
+            context, future = self.inbox.get_nowait()
+            answer = future._answer if isinstance(future, ThreadAnswer) else future
+            if not answer.done():
+                found[answer] = (context, future)
+        return found
 
     async def close(self, grace: float) -> None:
         """Stops the service: StopContext first, then cancellation; a thread that does not end is abandoned."""

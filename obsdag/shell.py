@@ -27,6 +27,7 @@ from obsdag.core.records import Execution, current_execution
 from obsdag.core.state import RunState
 from obsdag.errors import ExecutionTimeout
 from obsdag.inputs import as_context
+from obsdag.mailbox import Mailbox, clean_copy, clock_of
 from obsdag.runners import Runners
 from obsdag.tasks.base import Environment
 from obsdag.tasks.retry import interval_of, retries_on
@@ -44,7 +45,7 @@ __all__ = ["RunShell"]
 _RECANCEL_S = 0.05  # how often a cancellation that was swallowed is asked for again
 
 
-class RunShell:
+class RunShell(Mailbox):
     """One run on one event loop. `done` is resolved when nothing lives and no input is left."""
 
     def __init__(
@@ -62,7 +63,7 @@ class RunShell:
         self.pools = pools
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
-        self.clock: Callable[[], float] = _clock_of(self.loop)
+        self.clock: Callable[[], float] = clock_of(self.loop)
         self.run = RunState(plan, config, runtime, self.clock, time.time() - self.clock())
         self.run.kind = kind
         self.run.dispatch = self.dispatch
@@ -73,7 +74,7 @@ class RunShell:
         self.runners = Runners(self)
         self.direct = self.runners.direct
         self.width = config.task_worker_num
-        self.base = _clean_copy()
+        self.base = clean_copy()
         self.random = Random(config.seed)
         self.tasks: set[asyncio.Task[None]] = set()
         self.free = [Worker(self, number) for number in range(config.context_worker_num - 1, -1, -1)]
@@ -399,63 +400,7 @@ class RunShell:
         self.run.wake(max(self.clock(), self._timer_at or 0.0))
         self.pump()
 
-    # --- calls from anywhere
-
-    def dispatch(self, action: Callable[..., Any], argument: Any) -> None:
-        """Carries out `action(argument, now)` on the run's thread: now if this is it, else as soon as possible."""
-        caller = self._caller() if action == self.run.destroy else None
-        if threading.get_ident() == self.thread:
-            self._dispatched(action, argument, caller)
-        else:
-            self._threadsafe(self._dispatched, action, argument, caller)
-
-    def _caller(self) -> Execution | None:
-        execution = current_execution.get()
-        if execution is not None and execution.outcome is None:
-            return execution
-        if threading.get_ident() != self.thread:
-            return None
-        try:
-            current = asyncio.current_task()
-        except RuntimeError:
-            return None
-        for worker in self.workers:
-            for execution in (worker.context._executions or ()) if worker.context is not None else ():
-                if execution.handle is current and current is not None:
-                    return execution
-        return None
-
-    def _dispatched(self, action: Callable[..., Any], argument: Any, caller: Execution | None) -> None:
-        if self._over:
-            return
-        if action == self.run.destroy:
-            self.run.destroy(argument, self.clock(), caller)
-        else:
-            action(argument, self.clock())
-        self.pump()
-
-    def nudge(self) -> None:
-        """Something changed that the run must look at; from another thread it is carried over, once for many."""
-        if self._nudged:
-            return
-        self._nudged = True
-        if threading.get_ident() == self.thread:
-            self.run.dirty = True
-            self.loop.call_soon(self._nudge)  # another run of this thread may have nudged, and this one be idle
-        else:
-            self._threadsafe(self._nudge)
-
-    def _nudge(self) -> None:
-        self._nudged = False
-        if not self._over:
-            self.run._settle_all(self.clock())
-            self.pump()
-
-    def _threadsafe(self, function: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            self.loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: the run is over, and nothing is left to be told
-            self._over = True
+    # --- the end of what was abandoned
 
     def thread_returned(self, execution: Execution) -> None:
         """An abandoned thread or process has come back from an execution (T13)."""
@@ -517,23 +462,3 @@ class RunShell:
         for closing in [*run.closings, *run.runtime.limits.detach(limits)]:
             await self.runners.release(closing)
         run.closings.clear()
-
-
-def _clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
-    """The loop's clock; the plain function behind it where the loop has not replaced it, which saves a call."""
-    if type(loop).time is asyncio.BaseEventLoop.time:
-        return time.monotonic
-    return loop.time
-
-
-def _clean_copy() -> contextvars.Context:
-    """A copy of the caller's contextvars without its span: what a worker starts from (E17)."""
-    from opentelemetry import context as otel_context
-    from opentelemetry import trace
-
-    copy = contextvars.copy_context()
-    span = copy.run(trace.get_current_span)
-    if span is not trace.INVALID_SPAN:
-        copy.run(lambda: otel_context.attach(trace.set_span_in_context(trace.INVALID_SPAN)))
-    copy.run(current_execution.set, None)
-    return copy

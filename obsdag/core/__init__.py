@@ -11,7 +11,9 @@ Layers, from the ground up:
     base        fields of a run, bookkeeping of states, the conservation law
     lifecycle   holds, lending, ends, cascades
     waits       limits, retries, timers, freezes
-    sources     loops and maps that are pulled, joins
+    progress    executions, completed tasks, dead edges
+    joins       joins, and what nothing holds any more
+    sources     loops and maps that are pulled
     state       RunState: accept, take, start, finish, fail, wake, ... and the diagnosis of a stall
 """
 

@@ -143,7 +143,7 @@ class Lend:
 
     mask: the tasks below `index`, not ready on the parent meanwhile. children: in order of creation, kept only while a
     join below needs them (`keeps`). living: children that have not ended. arrived: join index -> children that wait
-    there. finished: how children ended that did not arrive: outcome -> number. pulling: its map has not ended; mapped: it
+    there. outcomes: how children ended: outcome -> number. pulling: its map has not ended; mapped: it
     is a map's.
     """
 

@@ -1,12 +1,8 @@
-"""Loops, maps and joins (SEMANTICS C5, C6, C10, E16, T14, T15).
+"""Loops and maps, and contexts that were in the run already when a task returned them (SEMANTICS C5, C10, E16, T14).
 
 A loop or map is a `Pull`: the shell holds its generator, the core decides when the next item is asked for. Between
 items its marker (a `LoopContext`) stands in the loop lane, or among `rooms` when `max_live_contexts` leaves no room;
 the context of the pull is held.
-
-A join fires when its map has ended, every living child of the branch waits at it, and the join's upstreams outside the
-branch are completed for the parent. A child that waits at a join lets go of its parent, so that "nothing else can
-come" is a fact.
 """
 
 from __future__ import annotations
@@ -16,19 +12,18 @@ from typing import TYPE_CHECKING
 
 from obsdag.context import Context, LoopContext
 from obsdag.core.base import _DISCARDED, more_of
-from obsdag.core.progress import Progress
+from obsdag.core.joins import Joins
 from obsdag.core.queue import IDLE, LOOP
-from obsdag.core.records import Execution, Lend, More, Pull, Stall
-from obsdag.errors import TaskError
+from obsdag.core.records import Execution, Lend, More, Pull
 
 if TYPE_CHECKING:
-    from obsdag.tasks.base import Task
+    pass
 
 __all__ = ["Sources"]
 
 
-class Sources(Progress):
-    """Pulled items, parked children, fired joins."""
+class Sources(Joins):
+    """Pulled items; contexts that are returned again."""
 
     # --- room (E16)
 
@@ -265,162 +260,6 @@ class Sources(Progress):
         if not lend.keeps and parent._children and self.plan.maps & self.plan.bit[lend.index]:
             parent._children.pop(context, None)  # a map without a join stays bounded
 
-    # --- joins (T15)
-
-    def _leave_join(self, lend: Lend, join: int) -> None:
-        self.at_joins -= 1
-        lend.arrived[join] -= 1
-        if not lend.arrived[join]:
-            del lend.arrived[join]
-            self.joins_pending[join] -= 1
-
-    def _arrive(self, child: Context, lend: Lend, now: float) -> None:
-        """Nothing of the child lives but that the join is ready on it: it waits there and lets go of its parent."""
-        more = more_of(child)
-        join = more.arrived_at
-        more.arrived = True
-        self.at_joins += 1
-        if join not in lend.arrived:
-            self.joins_pending[join] += 1
-            if not lend.arrived:
-                lend.first_arrival = now
-        lend.arrived[join] = lend.arrived.get(join, 0) + 1
-        lend.parent._holds -= 1
-        self._restate(child, now)
-        self._touched.append(lend)
-        self._work.append(lend.parent)
-        if self.facts.join_waiting is not None:
-            self.facts.join_waiting(child, self.plan.tasks[join], now)
-
-    def _try_join(self, lend: Lend, now: float) -> bool:
-        """Fires the join of a lent branch if everything is there; True if it fired, failed the parent, or is firing."""
-        parent = lend.parent
-        if lend.joining >= 0:
-            return True
-        if lend.pulling or parent._outcome is not None or parent._state == _DISCARDED or not lend.keeps:
-            return False
-        join = self._join_for(lend)
-        branches = self._branches_at(parent, join) if join is not None else []
-        if join is None or not branches or self._outside(branches, join) & ~parent._done:
-            return False
-        task = self.plan.tasks[join]
-        failed = sum(branch.outcomes.get("failed", 0) for branch in branches)
-        if failed and getattr(task, "on_child_failure", "fail") == "fail":
-            self._fail_by_children(parent, branches, failed, task, now)
-            return True
-        for branch in branches:
-            branch.joining = join
-        parent._ready |= self.plan.bit[join]
-        self._tell_released(parent, branches, join, now)
-        self._schedule(parent, now)
-        return True
-
-    def _branches_at(self, parent: Context, join: int) -> list[Lend]:
-        """The lent branches of a parent that meet at a join; none while one of them is not there yet (T15)."""
-        meeting = []
-        for lend in (more_of(parent).lends or {}).values():
-            if not lend.mask & self.plan.bit[join]:
-                continue
-            target = None if lend.pulling else self._join_for(lend)
-            if target != join and (lend.pulling or lend.living or target is not None):
-                return []
-            meeting.append(lend)
-        return meeting
-
-    def _tell_released(self, parent: Context, branches: list[Lend], join: int, now: float) -> None:
-        if self.facts.join_released is not None:
-            arrived = sum(branch.arrived.get(join, 0) for branch in branches)
-            first = min((branch.first_arrival for branch in branches if branch.arrived), default=now)
-            self.facts.join_released(parent, self.plan.tasks[join], arrived, now - first, now)
-        if self.recording and self.cause is not None:
-            released = more_of(parent).released
-            if released is None:
-                released = more_of(parent).released = {}
-            released[join] = self.cause
-
-    def _join_for(self, lend: Lend) -> int | None:
-        """The join at which all living children wait; with none living, none gone elsewhere, the branch's own."""
-        if lend.living:
-            join = next(iter(lend.arrived), None)
-            return join if join is not None and lend.arrived[join] == lend.living else None
-        if lend.outcomes.get("output") or lend.outcomes.get("split"):
-            return None
-        return self._join_below(lend.index)
-
-    def _join_below(self, index: int) -> int | None:
-        """The first join below task `index` that is not the join of another map in between."""
-        plan, depth = self.plan, {index: 1}
-        below = plan.descendants[index]
-        for task in range(index + 1, len(plan.tasks)):
-            if below & plan.bit[task]:
-                here = max((depth[up] for up in plan.up_list[task] if up in depth), default=1)
-                if plan.joins & plan.bit[task]:
-                    if here == 1:
-                        return task
-                    here -= 1
-                depth[task] = here + (1 if plan.maps & plan.bit[task] else 0)
-        return None
-
-    def _outside(self, branches: list[Lend], join: int) -> int:
-        """The upstreams of a join that are in none of the lent branches."""
-        inside = 0
-        for lend in branches:
-            inside |= lend.mask | self.plan.bit[lend.index]
-        return self.plan.up[join] & ~inside
-
-    def _fail_by_children(self, parent: Context, branches: list[Lend], failed: int, task: Task, now: float) -> None:
-        total = sum(len(branch.children) for branch in branches)
-        cause = next((branch.failed for branch in branches if branch.failed is not None), None)
-        error = TaskError(f"join {task.id!r}: {failed} of {total} children failed, the first with {cause!r}")
-        error.__cause__ = cause
-        self.fail_context(parent, error, Execution(parent, task, self.plan.index[task.id], 1, now, -1), now)
-
-    def join_children(self, parent: Context, index: int) -> tuple[list[Context], list[Context], list[Context]]:
-        """For the shell: the children that the join is called with, those that failed, and those that were dropped.
-
-        Each in order of creation (T15).
-        """
-        branches = self._joining(parent, index)
-        children = [child for lend in branches for child in lend.children]
-        if len(branches) > 1 or any(not lend.mapped for lend in branches):  # a map's enter in order of creation
-            mine = set(children)
-            children = [child for child in parent._children or () if child in mine]
-        arrived = [child for child in children if child._outcome is None]
-        failed = [child for child in children if child._outcome == "failed"]
-        dropped = [child for child in children if child._outcome == "dropped"]
-        return arrived, failed, dropped
-
-    def _joining(self, parent: Context, index: int) -> list[Lend]:
-        more = parent._more
-        return [lend for lend in ((more.lends or {}).values() if more is not None else ()) if lend.joining == index]
-
-    def _joined(self, parent: Context, index: int, returned: list[Context], now: float) -> None:
-        """The join succeeded: its children are merged, except those that it returned, which go on (T15)."""
-        going_on = {id(context) for context in returned}
-        branches = self._joining(parent, index)
-        for child in [child for lend in branches for child in lend.children]:
-            if child._outcome is None:
-                if id(child) in going_on:
-                    self._unarrive(child, now)
-                else:
-                    self._end(child, "merged", now)
-        for lend in branches:
-            if parent._outcome is None:
-                self._close_lend(parent, lend, index, now)
-            lend.children.clear()
-
-    def _unarrive(self, child: Context, now: float) -> None:
-        more = more_of(child)
-        lend = more.lend
-        if more.arrived and lend is not None:
-            more.arrived = False
-            self._leave_join(lend, more.arrived_at)
-            lend.living -= 1
-            lend.parent._holds += 1
-        more.arrived_at = -1
-        more.lend = None
-        self._recompute_parked(child)
-
     # --- contexts that were in the run already
 
     def _complete_other(self, other: Context, execution: Execution, now: float) -> bool:
@@ -460,74 +299,3 @@ class Sources(Progress):
         while parent is not None and parent is not ancestor:
             parent = parent._parent
         return parent is not None
-
-    # --- the last hold is lost (C6)
-
-    def _settle_all(self, now: float) -> None:
-        if self._settling:
-            return
-        while self._work or self._touched or self._grants:
-            self.take_grants(now)
-            while self._touched:
-                self._try_join(self._touched.pop(), now)
-            super()._settle_all(now)
-        self.cause = None
-        if self.debug:
-            self.check(deep=True)
-
-    def _settle(self, context: Context, now: float) -> None:
-        more = context._more
-        if more is not None:
-            if more.arrived:
-                return
-            if more.arrived_at >= 0 and more.lend is not None and more.lend.parent._outcome is None:
-                self._arrive(context, more.lend, now)
-                return
-            if more.lends:
-                self._settle_lends(context, more.lends, now)
-                return
-        self._stall(context, self._diagnose(context), now)
-
-    def _settle_lends(self, context: Context, lends: dict[int, Lend], now: float) -> None:
-        """No child lives that still moves: a join fires, or the branch was not handed back, or it never will be."""
-        fired = [self._try_join(lend, now) for lend in list(lends.values())]  # every one, not up to the first
-        if any(fired) or context._outcome is not None:
-            return
-        stuck = next((lend for lend in lends.values() if lend.living), None)
-        if stuck is not None:
-            self._stall_join(context, stuck, now)
-            return
-        ended: dict[str, int] = {}
-        for lend in lends.values():
-            for outcome, number in lend.outcomes.items():
-                ended[outcome] = ended.get(outcome, 0) + number
-        failed = next((lend for lend in lends.values() if lend.failed is not None), None)
-        if ended.get("output") or ended.get("split"):
-            self._collect(context, "split", "spread", now)
-        elif failed is not None:
-            task = self.plan.tasks[failed.index]
-            error = TaskError(f"the branch lent at {task.id!r} came to nothing: {failed.failed!r}")
-            error.__cause__ = failed.failed
-            source = Execution(context, task, failed.index, 1, now, -1)
-            self.fail_context(context, error, source, now)
-        elif ended.get("stalled"):
-            self._stall(context, self._diagnose(context), now)
-        else:
-            self._collect(context, "dropped", "emptied", now)
-
-    def _stall_join(self, parent: Context, lend: Lend, now: float) -> None:
-        """Children wait at a join that can never fire: all of them and the parent are stalled, and named (E8)."""
-        plan = self.plan
-        join = next(iter(lend.arrived), plan.sink)
-        task = plan.tasks[join].id
-        missing = tuple(plan.names(self._outside([lend], join) & ~parent._done))
-        elsewhere = [plan.tasks[other].id for other in lend.arrived if other != join]
-        if missing:
-            reason = "the join waits for upstreams of its parent that will never complete"
-        else:
-            reason = f"children of one branch wait at different joins: {', '.join([task, *elsewhere])}"
-        waiting = [child for child in lend.children if child._outcome is None]
-        self._stall(parent, Stall(parent, task, missing, reason), now)
-        for child in waiting:
-            if child._outcome is None:
-                self._stall(child, Stall(child, task, missing, reason), now)

@@ -1,0 +1,110 @@
+"""How calls of any thread reach a run, and what a run's own frames start from: its clock, its contextvars."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from obsdag.core.records import Execution, current_execution
+
+if TYPE_CHECKING:
+    from obsdag.core.state import RunState
+    from obsdag.worker import Worker
+
+__all__ = ["Mailbox", "clean_copy", "clock_of"]
+
+
+class Mailbox:
+    """The part of a run's shell that may be called from any thread; it carries the call to the run's own."""
+
+    run: RunState
+    loop: asyncio.AbstractEventLoop
+    thread: int
+    clock: Callable[[], float]
+    workers: list[Worker]
+    _nudged = False
+    _over = False
+
+    def pump(self) -> None:
+        """Does what the core left to do."""
+        raise NotImplementedError
+
+    def dispatch(self, action: Callable[..., Any], argument: Any) -> None:
+        """Carries out `action(argument, now)` on the run's thread: now if this is it, else as soon as possible."""
+        caller = self._caller() if action == self.run.destroy else None
+        if threading.get_ident() == self.thread:
+            self._dispatched(action, argument, caller)
+        else:
+            self._threadsafe(self._dispatched, action, argument, caller)
+
+    def _caller(self) -> Execution | None:
+        execution = current_execution.get()
+        if execution is not None and execution.outcome is None:
+            return execution
+        if threading.get_ident() != self.thread:
+            return None
+        try:
+            current = asyncio.current_task()
+        except RuntimeError:
+            return None
+        for worker in self.workers:
+            for execution in (worker.context._executions or ()) if worker.context is not None else ():
+                if execution.handle is current and current is not None:
+                    return execution
+        return None
+
+    def _dispatched(self, action: Callable[..., Any], argument: Any, caller: Execution | None) -> None:
+        if self._over:
+            return
+        if action == self.run.destroy:
+            self.run.destroy(argument, self.clock(), caller)
+        else:
+            action(argument, self.clock())
+        self.pump()
+
+    def nudge(self) -> None:
+        """Something changed that the run must look at; from another thread it is carried over, once for many."""
+        if self._nudged:
+            return
+        self._nudged = True
+        if threading.get_ident() == self.thread:
+            self.run.dirty = True
+            self.loop.call_soon(self._nudge)  # another run of this thread may have nudged, and this one be idle
+        else:
+            self._threadsafe(self._nudge)
+
+    def _nudge(self) -> None:
+        self._nudged = False
+        if not self._over:
+            self.run._settle_all(self.clock())
+            self.pump()
+
+    def _threadsafe(self, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            self.loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: the run is over, and nothing is left to be told
+            self._over = True
+
+
+def clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
+    """The loop's clock; the plain function behind it where the loop has not replaced it, which saves a call."""
+    if type(loop).time is asyncio.BaseEventLoop.time:
+        return time.monotonic
+    return loop.time
+
+
+def clean_copy() -> contextvars.Context:
+    """A copy of the caller's contextvars without its span: what a worker starts from (E17)."""
+    from opentelemetry import context as otel_context
+    from opentelemetry import trace
+
+    copy = contextvars.copy_context()
+    span = copy.run(trace.get_current_span)
+    if span is not trace.INVALID_SPAN:
+        copy.run(lambda: otel_context.attach(trace.set_span_in_context(trace.INVALID_SPAN)))
+    copy.run(current_execution.set, None)
+    return copy
