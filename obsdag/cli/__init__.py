@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from textwrap import wrap
 from typing import Any, NoReturn
 
 from obsdag import __version__
@@ -36,11 +38,22 @@ class _Parser(argparse.ArgumentParser):
         raise CliError(f"{message}; see '{self.prog} --help'")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Wide enough for the settings, and not wider than the terminal."""
+class _Help(argparse.HelpFormatter):
+    """Keeps the lines of descriptions and epilogs, and wraps each of them below its own text."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{"max_help_position": 28, **options})
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = []
+        for line in text.splitlines():
+            text_at = _TEXT_AT.match(line)
+            below = indent + " " * (text_at.end() if text_at else 0)
+            lines += wrap(line, width, initial_indent=indent, subsequent_indent=below, break_on_hyphens=False) or [""]
+        return "\n".join(lines)
+
+
+_TEXT_AT = re.compile(r" +(\S+ {2,})?")  # where the text of a line begins, behind a name if it has one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

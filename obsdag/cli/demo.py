@@ -62,7 +62,7 @@ def add_command(commands: Any) -> None:
         description="Takes a census of the Python files below a folder, with a loop, three parallel branches (one of"
         " them in worker processes), a router, retries and real failures, and reports where the time went. Hidden"
         " folders and installed packages (site-packages) are left out.",
-        epilog=settings_help(),
+        epilog=settings_help(DEFAULTS),
     )
     parser.add_argument("--path", metavar="DIR", help="default: the standard library of this Python")
     parser.add_argument("--out", metavar="DIR", help="where to write files; default: a new folder for temporary files")
@@ -79,13 +79,14 @@ def command(args: argparse.Namespace) -> int:
 
     config = set_up_logs(load_config(args), None)
     folder = _folder(args.path)
-    out = _out(args.out)
     watch = Watch()
     try:
         executor = Executor(census(), config=config.replace(observers=(*config.observers, watch)))
     except ObsdagError as error:
         raise CliError(one_line(error)) from error
     with contextlib.ExitStack() as stack:
+        out = _out(args.out)
+        stack.callback(_remove_if_empty, out)
         sinks = {name: LineSink(str(out / name), "--out") for name in _FILES}
         for sink in sinks.values():
             stack.callback(sink.discard)
@@ -121,6 +122,11 @@ def _out(path: str | None) -> Path:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise CliError(f"--out {path!r} cannot be made: {reason}") from error
     return out
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 class Slow:
@@ -250,6 +256,10 @@ class _Census:
         started = time.monotonic()
         try:
             early = await self._stream()
+        except asyncio.CancelledError:
+            self.progress.stop()
+            self.progress.say(f"obsdag demo: interrupted after {self.summary.files:,} files; nothing is written")
+            raise
         finally:
             self.progress.stop()
         return await self._report(time.monotonic() - started, early)

@@ -16,7 +16,7 @@ __all__ = ["Part", "parts", "print_report", "seconds", "size"]
 
 _EXAMPLES = 8
 _INDENT = 2
-_NARROW = 8
+_NARROW = 6
 _WORTH_TELLING_S = 0.001
 
 
@@ -139,9 +139,9 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Part:
         runs = numbers["executions"]
         mean = seconds(numbers["seconds"] / runs) if runs else ""
         share = numbers["seconds"] / whole
-        bar = "#" * round(share * 20)
+        bar = "#" * round(share * 10)
         rows.append((name, numbers["runs_on"], f"{runs:,}", seconds(numbers["seconds"]), mean, f"{share:.0%}", bar))
-    columns = ("task", "runs on", "executions", "time", "mean", "share", "")
+    columns = ("task", "where", "runs", "time", "mean", "share", "")
     return Part("Tasks by time (waiting for a thread or process included)", columns, rows, frozenset({2, 3, 4, 5}))
 
 

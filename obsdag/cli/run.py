@@ -45,11 +45,11 @@ _STUCK_WRITE_S = 1.0  # a reader that takes nothing for this long does not keep 
 
 _ENDING = """\
 exit status:
-  0   nothing failed
-  1   some contexts failed or stalled, or gave what JSON cannot write: the outputs of all others are written
-  2   bad input, in one line on standard error: no file is written
-  130 interrupted (143: terminated): FILE.partial has what there was; so it is after --deadline, with status 1
-A broken line is found when its turn comes; what tasks did for the lines before it is done.
+  0    nothing failed
+  1    some contexts failed or stalled, or gave what JSON cannot write: the outputs of all others are written
+  2    bad input, told in one line on standard error: no file is written
+  130  interrupted (143: terminated): FILE.partial has what there was; so it is after --deadline, with status 1
+A broken line is found when its turn comes: by then tasks have run for the lines before it.
 
 """
 

@@ -47,13 +47,17 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | 
     parser.set_defaults(settings=(), setting_defaults=dict(defaults or {}))
 
 
-def settings_help() -> str:
-    """The settings as they stand in the help, one line each or two."""
+def settings_help(defaults: Mapping[str, Any] | None = None) -> str:
+    """The settings as they stand in the help; `defaults` as in `add_settings`."""
     rows = [row for row in ExecutorConfig.describe() if row.variable]
     width = max(len(row.name) for row in rows)
+    own = {name: repr(value) for name, value in (defaults or {}).items()}
     lines = []
     for row in rows:
-        lines += [f"  {row.name:{width}}  {row.meaning}", f"  {'':{width}}  ({row.allowed}; default {row.default})"]
+        lines += [
+            f"  {row.name:{width}}  {row.meaning}",
+            f"  {'':{width}}  ({row.allowed}; default {own.get(row.name, row.default)})",
+        ]
     return "\n".join(["settings for --set, a table [executor], or variables such as OBSDAG_DEADLINE:", *lines])
 
 

@@ -186,7 +186,7 @@ def test_quiet_says_nothing_but_failures(folder: Path) -> None:
         (["orders:dag", "--wrokers", "3"], f"run: unknown argument '--wrokers'; did you mean --workers? {HINT}"),
         (["orders:dag", "--workers", "0"], "--workers must be a whole number >= 1, not '0'"),
         (["orders:dag", "--workers"], f"argument --workers: expected one argument; {HINT}"),
-        (["orders:dag", "--deadline", "soon"], "--deadline must be a number of seconds > 0, or None (no deadline), not"),
+        (["orders:dag", "--deadline", "soon"], "--deadline must be a number of seconds > 0, or None "),
         (["orders:dag", "--set", "deadline=0"], "--set deadline must be a number of seconds > 0, or None "),
         (["orders:dag", "--set", "dedline=1"], "--set: there is no setting 'dedline'; did you mean 'deadline'?"),
         (["orders:dag", "--set", "deadline"], "--set 'deadline' sets nothing: write NAME=VALUE, "),
@@ -388,6 +388,17 @@ def test_E9_an_interrupted_run_has_written_whole_lines_to_standard_output(folder
     assert process.returncode == 130
     assert {each["n"] for each in lines(written.decode())} <= {1, 2, 4}
     assert b"obsdag run: interrupted after " in told
+
+
+def test_E4_a_context_that_hangs_does_not_keep_others_from_coming_in_through_a_pipe(folder: Path) -> None:
+    with start("run", "orders:dag", "--workers", "2", folder=folder) as process:
+        assert process.stdin is not None
+        process.stdin.write(b'{"n": 1}\n{"hang": true}\n{"n": 3}\n{"n": 4}\n')
+        process.stdin.flush()
+        wait_for(process, b"a task that prints", 4)
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(TIMEOUT_S) == 130
 
 
 def test_E9_an_interruption_ends_a_run_that_waits_for_input(folder: Path) -> None:
