@@ -69,7 +69,8 @@ class DeferredTracer(Keeper):
         followed = self._follow and self.run_parent is not None and self.run_parent.trace_flags.sampled
         if self._kept_any or followed or outcome != "ok" or self.is_sampled(self.run_trace_id):
             span = build_run_span(self, outcome, self._started, now)
-            self._pipeline.submit(lambda: self._pipeline.emit(span))
+            if not self._pipeline.submit(lambda: self._pipeline.emit(span)):
+                self.stats.drop("traces", "buffer_cap", dag=self.dag)
         self._tell_dropped()
         room, self.room = self.room, 0
         self._pipeline.give_places(room)

@@ -53,7 +53,7 @@ class HoldingProcessor(SpanProcessor):
             return
         with root.tracer.lock:
             self._known[context.span_id] = root
-            if root.open > 0 or root.decision is None:
+            if root.decision is None:
                 root.rare().user_spans[context.span_id] = (self._known, False)
 
     def on_end(self, span: ReadableSpan) -> None:
@@ -70,7 +70,7 @@ class HoldingProcessor(SpanProcessor):
         tracer = root.tracer
         with tracer.lock:
             more = root.rare()
-            if span_id in more.user_spans:
+            if span_id in more.user_spans and root.decision is None:
                 more.user_spans[span_id] = (self._known, True)
             else:
                 self._known.pop(span_id, None)

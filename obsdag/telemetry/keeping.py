@@ -136,7 +136,13 @@ class Keeper(Observer):
             self._quantile.observe(took_s)
         if outcome == "cancelled" or (self._slow_s is not None and took_s > self._slow_s):
             return False
-        return (root.trace_id & LOW_BITS) >= self._bound or self._unfollowed(root)
+        if root.more is None:
+            return (root.trace_id & LOW_BITS) >= self._bound
+        return not self.is_headed(root)
+
+    def is_headed(self, root: RootTrace) -> bool:
+        """Whether the ratio will keep the root's trace, which its id says from the start."""
+        return self.is_sampled(root.first.trace_id) and not self._unfollowed(root)
 
     def _unfollowed(self, root: RootTrace) -> bool:
         """Whether the caller decided against this trace: then a ratio of our own would only make orphans."""
@@ -200,7 +206,7 @@ class Keeper(Observer):
             slow = self._slow_s is not None and took_s > self._slow_s
             if slow and root.decision is None and not self._keep(root, "slow", ("", "slow")):
                 more.over = True
-            if root.decision is None and self.is_sampled(root.trace_id) and not self._unfollowed(root):
+            if root.decision is None and self.is_headed(root):
                 self._keep(root, "ratio")
         if root.decision is None:
             self._drop(root)
@@ -208,11 +214,22 @@ class Keeper(Observer):
             self._finish(root)
 
     def _finish(self, root: RootTrace) -> None:
+        if self.room < 0 and not self._refill(reserve=root.decision != "ratio"):
+            self._lose_all(root)
+            return
         with self.lock:
             root.rare().finished = True
             root.records[:] = taken(root.records)  # from here on nothing may keep the context's data alive
             _release_user_spans(root)
         self._pipeline.kept(root)
+
+    def _lose_all(self, root: RootTrace) -> None:
+        """The buffer is full, and nobody takes from it: what is left of a kept trace is lost, and counted."""
+        with self.lock:
+            lost = len(taken(root.records)) + 1
+        self.room += lost
+        self._forget(root)
+        self.stats.drop("traces", "buffer_cap", lost, dag=self.dag)
 
     # --- the decision before it
 
@@ -226,6 +243,7 @@ class Keeper(Observer):
                 return False
             root.decision = reason
             root.hot = True
+            _release_user_spans(root)
         self._kept_any = True
         self.stats.decide(reason, dag=self.dag)
         if root.records or (root.more is not None and root.more.held):

@@ -288,7 +288,7 @@ def _wait_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...])
 def _part_at(root: RootTrace, at: float) -> Part:
     parts = root.more.parts if root.more is not None else None
     if parts is None:
-        return Part(root.trace_id, root.span_id, root.entered)
+        return root.first
     return next((part for part in reversed(parts) if part.started <= at), parts[0])
 
 
@@ -322,7 +322,7 @@ def _context_spans(tracer: DeferredTracer, root: RootTrace) -> Iterator[Readable
     more = root.rare()
     if more.pull in ("open", "ended"):
         return
-    parts = more.parts or [Part(root.trace_id, root.span_id, root.entered)]
+    parts = more.parts or [root.first]
     for number, part in enumerate(parts):
         parent = more.caller.parent if more.caller is not None and number == 0 else None
         links = _context_links(tracer, root, parts, number)

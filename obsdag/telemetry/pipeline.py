@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from obsdag.telemetry.deferred import DeferredTracer
     from obsdag.telemetry.records import RootTrace
+    from obsdag.telemetry.selfstats import SelfStats
 
 __all__ = ["LINGER_S", "Pipeline"]
 
@@ -43,6 +44,8 @@ TICK_S: Final = 0.1
 """How often the thread looks: a kept root that ended is exported after at most this long."""
 IDLE_S: Final = 1.0
 EXIT_FLUSH_S: Final = 2.0
+MAX_CALLS: Final = 1_000
+"""Spans of runs, and markers, that wait: beyond this many a processor is blocked, and further ones are lost."""
 _SUPPRESS: Final[str] = getattr(otel_context, "_SUPPRESS_INSTRUMENTATION_KEY", "suppress_instrumentation")
 _log = logging.getLogger("obsdag.tracing")
 
@@ -71,6 +74,7 @@ class Pipeline:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._flushes: deque[_Flush] = deque()
+        self._stats: SelfStats | None = None
         self._used = False
 
     # --- runs
@@ -79,6 +83,7 @@ class Pipeline:
         """A run begins; if slow contexts are to be found, the thread looks for them."""
         with self.lock:
             self._tracers.append(tracer)
+            self._stats = tracer.stats
         if tracer.hunts_slow:
             self._ensure_thread()
 
@@ -127,10 +132,13 @@ class Pipeline:
             self._waiting.append((time.monotonic() + self.linger_s, root))
         self._ensure_thread()
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Has the thread make a call: handing a held span, or a run's span, to processors."""
+    def submit(self, call: Callable[[], None]) -> bool:
+        """Has the thread make a call: handing a run's span or a marker to processors. False if too many wait."""
+        if len(self._calls) >= MAX_CALLS:
+            return False
         self._calls.append(call)
         self._ensure_thread()
+        return True
 
     def emit(self, span: ReadableSpan) -> None:
         """Gives a span to every processor; one that raises does not keep it from the others."""
@@ -254,13 +262,9 @@ class Pipeline:
             self._run_flushes()
         except Exception:
             _log.debug("tracing failed to export", exc_info=True)
-        if worked:
-            self._spend(time.thread_time() - began)
+        if worked and self._stats is not None:
+            self._stats.spend("traces", time.thread_time() - began)
         return worked
-
-    def _spend(self, took_s: float) -> None:
-        for tracer in tuple(self._tracers)[:1]:
-            tracer.stats.spend("traces", took_s)
 
     def _export_due(self) -> bool:
         now, worked = time.monotonic(), False
@@ -303,7 +307,8 @@ class Pipeline:
     def emit_marker(self, root: RootTrace, now: float, running: tuple[str, ...], state: str) -> None:
         """Exports the sign that a context is still under way (see `build_marker`)."""
         tracer: DeferredTracer = root.tracer
-        self.submit(lambda: self.emit(build_marker(tracer, root, now, running, state)))
+        if not self.submit(lambda: self.emit(build_marker(tracer, root, now, running, state))):
+            tracer.stats.drop("traces", "buffer_cap", dag=tracer.dag)
 
     def _tell_kept(
         self, tracer: DeferredTracer, root: RootTrace, records: list[tuple[Any, ...]], finished: bool
@@ -323,7 +328,7 @@ class Pipeline:
                 told.append(Kept("queue", tracer.dag, LANES[lane], waits[State.QUEUED], *ids))
         if finished and root.more is not None and root.more.outcome:
             more = root.more
-            ids = (f"{root.trace_id:032x}", f"{root.span_id:016x}", tracer.epoch + more.ended)
+            ids = (f"{root.first.trace_id:032x}", f"{root.first.span_id:016x}", tracer.epoch + more.ended)
             told.append(Kept("root", tracer.dag, more.outcome, more.ended - root.entered, *ids))
         for listener in listeners:
             for kept in told:

@@ -210,10 +210,20 @@ class RootTrace:
         self.records: list[Any] = []
 
     def rare(self) -> RootMore:
-        """Its rare parts, made now if it has none yet."""
+        """Its rare parts, made now if it has none yet; from any thread."""
         if self.more is None:
-            self.more = RootMore()
+            with details_lock:
+                if self.more is None:
+                    self.more = RootMore()
         return self.more
+
+    @property
+    def first(self) -> Part:
+        """Where its trace began; the ratio goes by that one's id."""
+        more = self.more
+        if more is None or more.parts is None:
+            return Part(self.trace_id, self.span_id, self.entered)
+        return more.parts[0]
 
     @property
     def kept(self) -> bool:
@@ -224,7 +234,7 @@ class RootTrace:
         """The part whose trace has that id; the first one for an unknown id."""
         if self.more is not None and self.more.parts is not None:
             return next((part for part in self.more.parts if part.trace_id == trace_id), self.more.parts[0])
-        return Part(self.trace_id, self.span_id, self.entered)
+        return self.first
 
 
 class ContextTrace:

@@ -127,7 +127,7 @@ class _DeferredSampler(Sampler):
         """What obsdag says about a child of `parent`; None where it has no say."""
         if isinstance(parent, ExecutionSpan):
             root = parent.trace.root
-            sampled = root.kept or root.tracer.is_sampled(parent.trace_id)
+            sampled = root.kept or root.tracer.is_headed(root)
             return Decision.RECORD_AND_SAMPLE if sampled else Decision.RECORD_ONLY
         if parent.is_recording() and not parent.get_span_context().trace_flags.sampled:
             return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 from opentelemetry import baggage, propagate, trace
 from opentelemetry import context as otel_context
 from opentelemetry.sdk.trace import TracerProvider
@@ -350,3 +351,82 @@ async def test_two_executors_of_one_telemetry() -> None:
     check_shape(kept.spans)
     assert len(kept.named("context left")) == len(kept.named("context right")) == 1
     assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+async def function(ctx: Context) -> Context:
+    note(ctx)
+    return ctx
+
+
+def note(ctx: Context) -> None:
+    ctx["seen"] = f"{get_current_span().get_span_context().span_id:016x}"
+    get_current_span().set_attribute("said", ctx["n"])
+
+
+async def stream() -> Any:
+    ctx = yield
+    while True:
+        note(ctx)
+        ctx = yield ctx
+
+
+def thread_stream() -> Any:
+    ctx = yield
+    while True:
+        note(ctx)
+        ctx = yield ctx
+
+
+async def service(queue: Any) -> None:
+    while True:
+        ctx, future = await queue.get()
+        future.set_result(ctx)
+
+
+def foreground(ctx: Context) -> Context:
+    note(ctx)
+    return ctx
+
+
+def router(ctx: Context) -> str:
+    note(ctx)
+    return "last"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (None, function),
+        (None, foreground),
+        ("foreground", foreground),
+        ("router", router),
+        (None, stream),
+        (None, thread_stream),
+    ],
+    ids=["async", "thread", "foreground", "router", "async stream", "thread stream"],
+)
+async def test_in_every_kind_of_task_its_execution_is_current(kind: str | None, code: Any) -> None:
+    kept, dag = Collected(), DAG("dag")
+    dag.task(name="step", **({} if kind is None else {"kind": kind}))(code)
+    dag.task(name="last", after="step")(same)
+
+    result = await run_traced(
+        dag, [{"n": n} for n in range(3)], tracing=Tracing([kept], sample=1.0), context_worker_num=2
+    )
+
+    assert result.counts["output"] == 3
+    assert {span.attributes["said"]: span.span_id for span in kept.named("execute step")} == {
+        output["n"]: output["seen"] for output in result
+    }
+    check_shape(kept.spans)
+
+
+async def test_executions_of_services_are_traced() -> None:
+    kept, dag = Collected(), DAG("dag")
+    dag.task(name="step", kind="service")(service)
+    dag.task(name="last", after="step")(same)
+
+    await run_traced(dag, [{"n": n} for n in range(3)], tracing=Tracing([kept], sample=1.0), context_worker_num=2)
+
+    check_shape(kept.spans)
+    assert len(kept.named("execute step")) == len(kept.named("execute last")) == 3
