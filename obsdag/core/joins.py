@@ -43,6 +43,7 @@ class Joins(Progress):
                 lend.first_arrival = now
         lend.arrived[join] = lend.arrived.get(join, 0) + 1
         lend.parent._holds -= 1
+        lend.latest = child._maker
         self._restate(child, now)
         self._touched.append(lend)
         self._work.append(lend.parent)
@@ -89,11 +90,12 @@ class Joins(Progress):
             arrived = sum(branch.arrived.get(join, 0) for branch in branches)
             first = min((branch.first_arrival for branch in branches if branch.arrived), default=now)
             self.facts.join_released(parent, self.plan.tasks[join], arrived, now - first, now)
-        if self.recording and self.cause is not None:
-            released = more_of(parent).released
-            if released is None:
-                released = more_of(parent).released = {}
-            released[join] = self.cause
+        latest = [branch.latest for branch in branches if branch.latest is not None]
+        if self.recording and latest:
+            more = more_of(parent)
+            if more.released is None:
+                more.released = {}
+            more.released[join] = max(latest, key=lambda execution: execution.ended)
 
     def _join_for(self, lend: Lend) -> int | None:
         """The join at which all living children wait; with none living, none gone elsewhere, the branch's own."""

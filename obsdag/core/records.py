@@ -144,7 +144,7 @@ class Lend:
     mask: the tasks below `index`, not ready on the parent meanwhile. children: in order of creation, kept only while a
     join below needs them (`keeps`). living: children that have not ended. arrived: join index -> children that wait
     there. outcomes: how children ended: outcome -> number. pulling: its map has not ended; mapped: it
-    is a map's.
+    is a map's. latest: the execution that brought the last child here, or ended it.
     """
 
     __slots__ = (
@@ -155,6 +155,7 @@ class Lend:
         "index",
         "joining",
         "keeps",
+        "latest",
         "living",
         "mapped",
         "mask",
@@ -174,6 +175,7 @@ class Lend:
         self.outcomes: dict[str, int] = {}
         self.failed: BaseException | None = None
         self.first_arrival = 0.0
+        self.latest: Execution | None = None
         self.pulling = self.mapped = False
         self.joining = -1
 

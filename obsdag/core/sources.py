@@ -250,6 +250,7 @@ class Sources(Joins):
         if lend is None:
             return
         lend.living -= 1
+        lend.latest = self.cause or context._maker or lend.latest
         lend.outcomes[outcome] = lend.outcomes.get(outcome, 0) + 1
         if outcome == "failed" and lend.failed is None:
             lend.failed = context._error
