@@ -249,6 +249,7 @@ class DeferredTracer(Keeper):
                 self._decide(root, now)
                 return
         if root.kept:
+            root.rare().closed = max(root.rare().closed, execution.ended)
             self._pipeline.kept(root)
 
     # --- waits, joins, loops, long traces

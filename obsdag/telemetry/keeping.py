@@ -13,7 +13,7 @@ the pipeline's lock guards what several of them decide.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.context import Context as OtelContext
 from opentelemetry.trace import SpanContext
@@ -198,7 +198,8 @@ class Keeper(Observer):
     def _decide(self, root: RootTrace, now: float) -> None:
         """The tree is over: keep it or forget it."""
         more = root.rare()
-        more.closed = now
+        # Workers hand over the times that they looked at the clock, which may be a moment earlier than another's.
+        more.closed = max(now, more.closed, *(_ended(record) for record in root.records))
         if root.decision is None:
             took_s = now - root.entered
             if more.outcome == "cancelled" and not self._keep(root, "cancelled", ("", "cancelled")):
@@ -305,6 +306,12 @@ class Keeper(Observer):
 def _slow_tasks(tasks: tuple[Task, ...]) -> list[float | None] | None:
     limits = [task.config.slow_after for task in tasks]
     return limits if any(limit is not None for limit in limits) else None
+
+
+def _ended(record: Any) -> float:
+    """When a record's execution or wait ended."""
+    ended: float = record[4] if type(record) is tuple else record.ended
+    return ended
 
 
 def _is_source(context: Context) -> bool:

@@ -140,6 +140,7 @@ def _execution_spans(tracer: DeferredTracer, root: RootTrace, record: tuple[Any,
         status = _user_part(details, attributes, events, links, status)
         if details.dispatch is not None:
             yield _dispatch_span(tracer, record, details.dispatch)
+    began = root.part_of(span.trace_id).started
     yield ReadableSpan(
         name=f"execute {task.id}",
         context=SpanContext(span.trace_id, span.id, False, SAMPLED, _state(root, span.trace_id)),
@@ -150,8 +151,8 @@ def _execution_spans(tracer: DeferredTracer, root: RootTrace, record: tuple[Any,
         links=links,
         kind=SpanKind.INTERNAL,
         status=status,
-        start_time=tracer.unix_ns(started),
-        end_time=tracer.unix_ns(ended),
+        start_time=tracer.unix_ns(max(started, began)),
+        end_time=tracer.unix_ns(max(ended, began)),
         instrumentation_scope=tracer.scope,
     )
 
