@@ -91,7 +91,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 _EPILOG = """\
 examples:
   obsdag demo
-  obsdag run orders:dag --input orders.jsonl --output results.jsonl --workers 8
+  obsdag run orders:dag -i orders.jsonl -o results.jsonl --workers 8
   obsdag graph orders:dag --format svg --output orders.svg
 """
 

@@ -298,7 +298,7 @@ class _Run:
             self.progress.say(f"obsdag run: {line}")
             self._told += 1
             if self._told == _SHOWN_FAILURES:
-                self.progress.say("obsdag run: further failures are counted only; --failures FILE.jsonl keeps them all")
+                self.progress.say("obsdag run: further failures are only counted; --failures FILE keeps them all")
 
     async def _ended(self, early: str, took_s: float) -> int:
         """All outputs are there, or all that there will be: the files become what they are."""

@@ -54,10 +54,8 @@ def settings_help(defaults: Mapping[str, Any] | None = None) -> str:
     own = {name: repr(value) for name, value in (defaults or {}).items()}
     lines = []
     for row in rows:
-        lines += [
-            f"  {row.name:{width}}  {row.meaning}",
-            f"  {'':{width}}  ({row.allowed}; default {own.get(row.name, row.default)})",
-        ]
+        default = own.get(row.name, row.default)
+        lines += [f"  {row.name:{width}}  {row.meaning}", f"  {'':{width}}  ({row.allowed}; default {default})"]
     return "\n".join(["settings for --set, a table [executor], or variables such as OBSDAG_DEADLINE:", *lines])
 
 

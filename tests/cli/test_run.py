@@ -77,7 +77,7 @@ def test_failures_are_told_on_standard_error_where_no_file_is_for_them(folder: P
     assert done.returncode == 1
     assert told[0] == "obsdag run: stdin:1 failed at 'look': ValueError: nobody orders seven"
     assert len(told) == 10
-    assert "--failures FILE.jsonl keeps them all" in done.stderr
+    assert "--failures FILE keeps them all" in done.stderr
 
 
 def test_stalled_contexts_count_as_failed(folder: Path) -> None:

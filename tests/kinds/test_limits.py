@@ -302,7 +302,7 @@ async def test_T8_a_destroyed_context_leaves_the_line() -> None:
     @dag.task(after=enter, limiter=ConcurrencyLimit(1))
     async def call(ctx: Context) -> Context:
         if not called:
-            while len(waiting) < 3:  # noqa: ASYNC110 - a turn of the loop at a time
+            while len(waiting) < 3:
                 await asyncio.sleep(0)
             waiting[1].destroy()
         called.append(ctx)

@@ -86,6 +86,7 @@ async def test_T14_a_late_answer_to_a_timed_out_or_destroyed_context_is_ignored(
                 kept.append((ctx, future))
                 if ctx["kind"] == "destroy":
                     ctx.destroy()
+                if len(kept) == 2:
                     both.set()
 
     @dag.task(after=serve)

@@ -159,7 +159,8 @@ def test_S3_a_loop_that_is_shut_down_still_gives_everything_an_outcome() -> None
 
     asyncio.run(main())  # cancels the drain
     assert tickets[0].done
-    assert balanced(executor)["failed"] == 1  # the loop, not the engine, cancelled its execution (E6)
+    ended = balanced(executor)
+    assert ended["failed"] + ended["cancelled"] == 1  # whoever the loop cancels first: the execution (E6) or the drain
 
 
 async def test_S3_a_task_that_swallows_its_cancellation_is_abandoned_and_reported() -> None:

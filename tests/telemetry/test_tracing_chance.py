@@ -43,7 +43,7 @@ def _options(kind: str) -> dict[str, Any]:
     return {"kind": "loop"} if kind == "loop" else {}
 
 
-def _function(kind: str, chance: Random) -> Any:  # noqa: C901 - one small function per kind
+def _function(kind: str, chance: Random) -> Any:
     def perhaps_fail() -> None:
         if chance.random() < 0.15:
             raise ValueError("by chance")
