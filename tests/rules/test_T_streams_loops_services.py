@@ -623,9 +623,7 @@ async def test_T14_a_service_answers_contexts_and_is_stopped_at_the_end(engine: 
 
 @every_schedule
 @pytest.mark.parametrize("kind", SERVICES)
-async def test_T14_a_service_that_died_fails_what_was_in_it_and_is_started_anew(
-    engine: Engine, kind: str
-) -> None:
+async def test_T14_a_service_that_died_fails_what_was_in_it_and_is_started_anew(engine: Engine, kind: str) -> None:
     dag, log = DAG(), Log()
     starts: list[int] = []
     died = asyncio.Event()

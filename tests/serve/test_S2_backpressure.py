@@ -72,7 +72,7 @@ async def test_S2_places_go_out_in_the_order_of_asking() -> None:
 
 @virtual
 async def test_S2_a_place_given_to_one_who_gave_up_goes_to_the_next() -> None:
-    """The first in line is told of its place and cancelled in the same turn; nothing else would ever tell the second."""
+    """The first in line is told of its place and cancelled in the same turn; nothing else would ever tell the second."""  # noqa: E501
     gate = Gate()
     async with serve(gate.dag, max_live_contexts=1, max_pending=0) as executor:
         ticket = await executor.submit()
