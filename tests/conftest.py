@@ -8,15 +8,18 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+from opentelemetry.trace import get_current_span
 
 from tests.leaks import KINDS, Snapshot, loop_leftovers, summary
 
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = Snapshot.take()
+    before, current = Snapshot.take(), get_current_span()
     yield
     found = before.leftovers(_allowed(request))
+    if get_current_span() is not current:
+        found.append(f"the current span {get_current_span()}")
     if found:
         pytest.fail(f"left behind by the test: {summary(found)}", pytrace=False)
 

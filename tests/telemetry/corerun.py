@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from typing import Any
 
 from obsdag.config import ExecutorConfig
@@ -33,10 +34,11 @@ def chain(*names: str, dag: str = "etl", config: TaskConfig | None = None) -> DA
 
 
 class CoreRun:
-    """One run; `now` is its clock."""
+    """One run; `now` is its clock. What it tells is told in contextvars of its own, as in the frames of a worker."""
 
     def __init__(self, *names: str, dag: str = "etl", task: TaskConfig | None = None, **settings: Any) -> None:
         self.now = 0.0
+        self.frame = contextvars.copy_context()
         plan = chain(*(names or ("load", "store")), dag=dag, config=task).build()
         self.state = RunState(plan, ExecutorConfig(**settings), Runtime(), lambda: self.now, EPOCH)
 
@@ -49,7 +51,7 @@ class CoreRun:
         """Tells a fact that only a shell can know."""
         call = getattr(self.state.facts, fact)
         if call is not None:
-            call(*arguments)
+            self.frame.run(call, *arguments)
 
     def enter(self, name: str = "") -> Context:
         context = Context(name=name)
@@ -69,13 +71,13 @@ class CoreRun:
 
     def succeed(self, execution: Execution, result: Any = None, took_s: float = 0.5) -> None:
         self.now += took_s
-        self.state.finish(execution, execution.context if result is None else result, self.now)
+        self.frame.run(self.state.finish, execution, execution.context if result is None else result, self.now)
 
     def fail(
         self, execution: Execution, error: BaseException, took_s: float = 0.5, retry_in_s: float | None = None
     ) -> None:
         self.now += took_s
-        self.state.fail(execution, error, self.now, retry_in_s)
+        self.frame.run(self.state.fail, execution, error, self.now, retry_in_s)
 
     def leave(self, context: Context, worker: int = 3) -> None:
         self.state.leave(context, worker, 0.0, self.now)
