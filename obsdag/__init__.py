@@ -15,7 +15,7 @@ them here):
     telemetry, logs                     observers of the core: metrics, traces, logs; logging for scripts
     inputs, engine_pools                what a run takes in; the pools of an executor
     services, generators, runners       how an execution of each kind of task is run
-    worker, shell                       who drives a context; the asyncio shell around the core of one run
+    mailbox, worker, shell              calls of any thread; who drives a context; the shell around the core of one run
     executor                            `Executor`: opens runs and sees them to their end
     tickets, serve                      tickets for submissions; `ServeExecutor`: takes them one by one, drains
     testing                             helpers for tests of one's own DAGs

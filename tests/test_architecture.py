@@ -42,7 +42,7 @@ FORBIDDEN: dict[str, set[str]] = {
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-LONGER_FILES = {"obsdag/shell.py": 525}
+LONGER_FILES: dict[str, int] = {}
 LONGER_FUNCTIONS = {
     "obsdag.core.base.RunBase.__init__": 75,  # every field of a run with its meaning
     "obsdag.worker.Worker._work": 70,  # the hot loop

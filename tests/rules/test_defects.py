@@ -1,7 +1,7 @@
 """Section 7: the defects of the earlier system, each with a test that its behavior would fail.
 
-All in virtual time: what idles, polls or waits for a time-out is seen in the clock, in its jumps, or in the turns of the
-loop, whatever the machine.
+All in virtual time: what idles, polls or waits for a time-out is seen in the clock, in its jumps, or in the turns of
+the loop, whatever the machine.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ async def test_defect_4_a_context_with_children_is_discarded_in_bounded_work(wor
     dag = DAG()
 
     @dag.task
-    async def discard(ctx: Context) -> None | Context:
+    async def discard(ctx: Context) -> Context | None:
         children = ctx.create_child(3)
         children[0].create_child(2)
         return None if children else ctx
