@@ -27,7 +27,10 @@ class Serving(RuleBasedStateMachine):
         self.turned_away = 0
 
     def _do(self, coroutine: Any) -> Any:
-        return self.loop.run_until_complete(coroutine)
+        try:
+            return self.loop.run_until_complete(coroutine)
+        finally:
+            self._collect()  # whatever was done may have let one in that was waiting in line
 
     @initialize(live=st.integers(1, 3), pending=st.integers(0, 2), workers=st.integers(1, 3))
     def start(self, live: int, pending: int, workers: int) -> None:
@@ -58,7 +61,6 @@ class Serving(RuleBasedStateMachine):
             await asyncio.sleep(0)
 
         self._do(begin())
-        self._collect()
 
     def _collect(self) -> None:
         for task in [task for task in self.waiting if task.done()]:
@@ -75,7 +77,6 @@ class Serving(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 20.0, 60.0]))
     def let_time_pass(self, seconds: float) -> None:
         self._do(asyncio.sleep(seconds))
-        self._collect()
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())
@@ -94,7 +95,6 @@ class Serving(RuleBasedStateMachine):
     def give_up_waiting(self, data: st.DataObject) -> None:
         data.draw(st.sampled_from(self.waiting)).cancel()
         self._do(asyncio.sleep(0))
-        self._collect()
 
     @precondition(lambda self: any(ticket.done for ticket in self.tickets))
     @rule(data=st.data())
@@ -117,7 +117,6 @@ class Serving(RuleBasedStateMachine):
             assert self.executor.phase != "accepting"
 
         self._do(ask())
-        self._collect()
 
     @invariant()
     def books_balance(self) -> None:
@@ -138,7 +137,6 @@ class Serving(RuleBasedStateMachine):
         if hasattr(self, "executor"):
             self._do(self.executor.drain())
             self._do(asyncio.sleep(0))
-            self._collect()
             assert not self.waiting
             assert all(ticket.status in ENDS for ticket in self.tickets)
             counts = balanced(self.executor)
