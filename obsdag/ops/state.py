@@ -311,9 +311,7 @@ def _lanes(shells: Iterable[RunShell]) -> dict[str, int]:
 def _workers(shells: list[RunShell]) -> dict[str, Any]:
     """How many are busy, and what each of the busy ones does, the longest first."""
     busy: list[dict[str, Any]] = []
-    number = 0
     for shell in shells:
-        number += shell.run.busy_workers
         now = shell.clock()
         for worker in shell.workers:
             context = worker.context
@@ -325,7 +323,7 @@ def _workers(shells: list[RunShell]) -> dict[str, Any]:
             tasks = [each.task.id for each in tuple(owner._executions or ())][:8]
             busy.append({"n": worker.number, "context": owner.id, "tasks": tasks, "for_s": max(now - since, 0.0)})
     busy.sort(key=lambda each: -each["for_s"])
-    return {"busy": number, "doing": busy[:_WORKERS]}
+    return {"busy": len(busy), "doing": busy[:_WORKERS]}
 
 
 def _timers(shells: list[RunShell]) -> dict[str, Any]:
