@@ -13,6 +13,7 @@ them here):
     layout, draw, graph, dag_config     pictures of it; the DAG that users define; a DAG read from a file
     core                                what decides: lanes, readiness, joins, retries, outcomes; no asyncio, no clock
     telemetry, logs                     observers of the core: metrics, traces, logs; logging for scripts
+    dashboards                          Grafana boards, alert rules and the runbook, made from the catalogue of metrics
     inputs, engine_pools                what a run takes in; the pools of an executor
     services, generators, runners       how an execution of each kind of task is run
     mailbox, worker, shell              calls of any thread; who drives a context; the shell around the core of one run

@@ -1,6 +1,7 @@
 """The command `obsdag`: run a DAG over lines of JSON, draw one, see one at work.
 
-    run     lines of JSON through a DAG        graph   a DAG as a picture        demo    a census of a source tree
+    run     lines of JSON through a DAG        demo        a census of a source tree, or a service under load
+    graph   a DAG as a picture                 dashboards  for Grafana and Prometheus
 
 Each command has a module with `add_command`, which says what its options are. `target` finds the DAG, `settings` makes
 options of the executor's settings, `jsonl` and `files` read and write, `progress` shows. A mistake of the user's is a
@@ -19,12 +20,12 @@ from textwrap import wrap
 from typing import Any, NoReturn
 
 from obsdag import __version__
-from obsdag.cli import demo, graph, run
+from obsdag.cli import dashboards, demo, graph, run
 from obsdag.cli.common import BAD_INPUT, INTERRUPTED, CliError
 
 __all__ = ["main"]
 
-_COMMANDS = (run, graph, demo)
+_COMMANDS = (run, graph, demo, dashboards)
 _BROKEN_PIPE = 141  # as the shell reports a command that SIGPIPE ended
 
 

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from obsdag.cli import serve_demo
 from obsdag.cli.common import FAILED, OK, CliError, one_line
 from obsdag.cli.files import LineSink
 from obsdag.cli.jsonl import lenient_line, line_of
@@ -68,6 +69,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="where to write files; default: a new folder for temporary files")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     add_settings(parser, DEFAULTS)
+    serve_demo.add_options(parser)
     parser.set_defaults(command=command)
 
 
@@ -77,6 +79,9 @@ def command(args: argparse.Namespace) -> int:
     from obsdag.examples.census import census
     from obsdag.executor import Executor
 
+    if args.serve:
+        return serve_demo.serve(args)
+    serve_demo.refuse_options(args)
     config = set_up_logs(load_config(args), None)
     folder = _folder(args.path)
     watch = Watch()

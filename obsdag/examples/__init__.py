@@ -5,6 +5,7 @@ polling    a polling source, and a rate limit shared by the source and what foll
 batching   a batching writer as a service: one transaction for many contexts, an answer for each
 routing    a router, and a DAG that is included twice in another
 census     a census of the Python files below a folder, which `obsdag demo` shows at work
+demo_service  a service under steady load, with trouble on demand, which `obsdag demo --serve` runs
 """
 
 __all__: list[str] = []
