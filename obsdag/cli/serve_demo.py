@@ -7,13 +7,16 @@ import math
 from typing import Any, Final
 
 from obsdag.cli.common import CliError
+from obsdag.errors import ConfigError
 
 __all__ = ["add_options", "refuse_options", "serve"]
 
 _OPTIONS: Final = {
     "host": ("HOST", "address to listen on; default: 127.0.0.1"),
-    "port": ("PORT", "for GET /metrics; 0: any free one; default: 9464"),
+    "port": ("PORT", "for /metrics and the live page; 0: any free one; default: 9464"),
     "control_port": ("PORT", "for POST /trouble/NAME; 0: any free one; default: 9465"),
+    "token": ("TOKEN", "for the live page; needed if --host is open to other machines"),
+    "jaeger_url": ("URL", "of a Jaeger's own page, for links to traces"),
     "rate": ("N", "orders per second; default: 20"),
     "trouble": ("NAME=S,...", "trouble of its own accord, every S seconds, such as deadlock=60,broken_pool=300"),
 }
@@ -25,8 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--serve",
         action="store_true",
-        help="instead of the census: a service under steady load with /metrics, until it is interrupted; traces go to"
-        " OTEL_EXPORTER_OTLP_ENDPOINT if that is set",
+        help="instead of the census: a service under steady load with /metrics and a live page, until it is"
+        " interrupted; traces go to OTEL_EXPORTER_OTLP_ENDPOINT if that is set",
     )
     for name, (metavar, text) in _OPTIONS.items():
         group.add_argument(_option(name), metavar=metavar, help=text)
@@ -51,6 +54,8 @@ def serve(args: argparse.Namespace) -> int:
         raise CliError(f"--serve goes with {', '.join(map(_option, _OPTIONS))} only")
     try:
         return main(_options(args))
+    except ConfigError as error:
+        raise CliError(str(error)) from error
     except OSError as error:
         raise CliError(f"cannot listen: {error.strerror or error}") from error
 

@@ -14,8 +14,8 @@ Part of the load is trouble of the ordinary kind, by the number of the order: sl
 asked again, a rate limit, orders that cannot be delivered, duplicates that are dropped. Extraordinary trouble is made
 on demand (`POST /trouble/NAME`) or now and then (`--trouble deadlock=60,broken_pool=300`), by `TROUBLES`.
 
-One port has /metrics. Another takes orders: `POST /trouble/NAME`, and `POST /alerts`, which logs what an Alertmanager
-sends. Traces go where OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set.
+One port has /metrics and the live page. Another takes orders: `POST /trouble/NAME`, and `POST /alerts`, which logs what
+an Alertmanager sends. Traces go where OTEL_EXPORTER_OTLP_ENDPOINT says, if it is set.
 """
 
 from __future__ import annotations
@@ -92,13 +92,16 @@ class Undeliverable(Exception):
 class Options:
     """What the service is started with. trouble: name -> seconds between two of its kind. rate: orders per second.
 
-    settle_every_s: seconds between two runs of the back office. host: where it listens; port: for /metrics;
-    control_port: for orders to it; each 0 for any free port.
+    settle_every_s: seconds between two runs of the back office. host: where it listens; port: for /metrics and the
+    page; control_port: for orders to it; each 0 for any free port. token: for the page, which other machines see with
+    one only. jaeger_url: where the page's links to traces lead.
     """
 
     host: str = "127.0.0.1"
     port: int = 9464
     control_port: int = 9465
+    token: str | None = None
+    jaeger_url: str | None = None
     rate: float = 20.0
     settle_every_s: float = 2.0
     trouble: dict[str, float] = field(default_factory=dict)
@@ -271,6 +274,27 @@ class DemoService:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.troubles = Troubles()
+        self._telemetry = {engine: _telemetry(engine) for engine in ("shop", "back-office")}
+        shop = ExecutorConfig(
+            context_worker_num=16,
+            task_worker_num=0,
+            thread_pool_worker_num=4,
+            process_pool_worker_num=1,
+            max_live_contexts=500,
+            max_pending=100,
+            result_ttl=5.0,
+            drain_grace=5.0,
+            telemetry=self._telemetry["shop"],
+        )
+        office = ExecutorConfig(
+            context_worker_num=2,
+            context_queue_timeout=0.1,
+            worker_idle_times=5,
+            shutdown_grace=1.0,
+            telemetry=self._telemetry["back-office"],
+        )
+        self.shop = ServeExecutor(orders(self.troubles), config=shop)
+        self.office = Executor(settlement(self.troubles), config=office)
         self._stop = asyncio.Event()
         self._number = 0
 
@@ -280,27 +304,15 @@ class DemoService:
 
     async def run(self) -> None:
         """Serves until `stop`."""
-        shop, office = _telemetry("shop"), _telemetry("back-office")
-        config = ExecutorConfig(
-            context_worker_num=16,
-            task_worker_num=0,
-            thread_pool_worker_num=4,
-            process_pool_worker_num=1,
-            max_live_contexts=500,
-            max_pending=100,
-            result_ttl=5.0,
-            drain_grace=5.0,
-            telemetry=shop,
-        )
-        async with ServeExecutor(orders(self.troubles), config=config) as executor, asyncio.TaskGroup() as group:
+        async with self.shop, asyncio.TaskGroup() as group:
             background = [
-                group.create_task(self._settle(office)),
+                group.create_task(self._settle()),
                 *(group.create_task(self._ask(name, every)) for name, every in self.options.trouble.items()),
             ]
-            await self._submit(executor, group)
+            await self._submit(self.shop, group)
             for task in background:
                 task.cancel()
-        for telemetry in (shop, office):
+        for telemetry in self._telemetry.values():
             await telemetry.close()
 
     async def _submit(self, executor: ServeExecutor, group: asyncio.TaskGroup) -> None:
@@ -322,18 +334,12 @@ class DemoService:
                 async with asyncio.timeout_at(due):
                     await self._stop.wait()
 
-    async def _settle(self, telemetry: Telemetry) -> None:
-        config = ExecutorConfig(
-            context_worker_num=2,
-            context_queue_timeout=0.1,
-            worker_idle_times=5,
-            shutdown_grace=1.0,
-            telemetry=telemetry,
-        )
-        dag = settlement(self.troubles)
+    async def _settle(self) -> None:
+        office = self.office
         for day in count():
-            observers = (_Faulty(),) if self.troubles.take("drops") else ()
-            executor = Executor(dag, config=config.replace(observers=observers))
+            executor = office
+            if self.troubles.take("drops"):
+                executor = Executor(office.dag, config=office.config.replace(observers=(_Faulty(),)))
             await executor.run(Context(name=f"day-{day}"))
             await asyncio.sleep(self.options.settle_every_s)
 
@@ -405,43 +411,34 @@ def _answer(path: str, body: bytes, troubles: Troubles) -> int:
     return 204
 
 
-@contextmanager
-def _metrics(options: Options) -> Iterator[int]:
-    from prometheus_client import start_http_server
-
-    server, thread = start_http_server(options.port, options.host)
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 def main(options: Options | None = None) -> int:
-    """Serves until SIGINT or SIGTERM; the exit status. Raises OSError if a port is taken."""
+    """Serves until SIGINT or SIGTERM; the exit status. Raises ConfigError, and OSError if a port is taken."""
     from obsdag import logs
 
     options = options or Options()
     logs.configure(json=not os.isatty(2))
-
-    async def serve() -> None:
-        service = DemoService(options)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, service.stop)
-        with ExitStack() as stack:
-            port = stack.enter_context(_metrics(options))
-            control_port = stack.enter_context(controls(options, service.troubles))
-            print(
-                f"metrics: http://{options.host}:{port}/metrics\n"
-                f"trouble: POST http://{options.host}:{control_port}/trouble/NAME, of {', '.join(TROUBLES)}",
-                flush=True,
-            )
-            await service.run()
-
-    asyncio.run(serve())
+    asyncio.run(_serve(options))
     return 0
+
+
+async def _serve(options: Options) -> None:
+    from obsdag.ops import start_ops_server
+
+    service = DemoService(options)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, service.stop)
+    page = {name: getattr(options, name) for name in ("host", "port", "token", "jaeger_url")}
+    with ExitStack() as stack:
+        ops = stack.enter_context(start_ops_server(service.shop, service.office, **page))
+        port = stack.enter_context(controls(options, service.troubles))
+        print(
+            f"page:    {ops.url}\n"
+            f"metrics: {ops.url}/metrics\n"
+            f"trouble: POST http://{ops.host}:{port}/trouble/NAME, of {', '.join(TROUBLES)}",
+            flush=True,
+        )
+        await service.run()
 
 
 if __name__ == "__main__":
