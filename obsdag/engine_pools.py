@@ -26,6 +26,11 @@ class Pools:
         self.process: ProcessPool | None = None
         self.listeners: list[Facts] = []
 
+    @property
+    def used(self) -> bool:
+        """Whether there is a pool to close."""
+        return self.thread is not None or self.process is not None
+
     def threads(self) -> ThreadPool:
         """The thread pool."""
         if self.thread is None:

@@ -20,6 +20,7 @@ from obsdag.core.states import OUTCOMES
 from obsdag.engine_pools import Pools
 from obsdag.errors import ConfigError, DeadlineExceeded, RunFailed
 from obsdag.inputs import Inputs, open_inputs
+from obsdag.mailbox import see_through
 from obsdag.runtime import Runtime
 from obsdag.shell import RunShell
 from obsdag.telemetry import default_observers
@@ -212,14 +213,17 @@ class Executor:
                 deadline.cancel()
 
     async def _close(self, shell: RunShell, result: RunResult) -> None:
-        """Ends the run, closes the pools that nobody keeps, and writes down what came of it."""
+        """Ends the run, closes the pools that nobody keeps, and writes down what came of it.
+
+        Cancelled meanwhile, it still goes to its end: nothing is left behind (E9).
+        """
         run = shell.run
         end = run.clock()
         try:
-            await shell.finish_run()
-            self._shells.remove(shell)
-            if not self._kept_open and not self._shells:
-                shell.abandoned += await self._pools.close(self.config.shutdown_grace)
+            if shell.closes_at_once() and (self._kept_open or not self._pools.used):
+                await self._end_run(shell)  # without a task of its own it takes no turn of the loop (E7)
+            else:
+                await see_through(self._end_run(shell))
         finally:
             if shell in self._shells:
                 self._shells.remove(shell)
@@ -231,6 +235,12 @@ class Executor:
             self._tell_end(shell, result)
         if self.config.telemetry is not None:
             await self.config.telemetry.run_closed(run)
+
+    async def _end_run(self, shell: RunShell) -> None:
+        await shell.finish_run()
+        self._shells.remove(shell)
+        if not self._kept_open and not self._shells:
+            shell.abandoned += await self._pools.close(self.config.shutdown_grace)
 
     def _tell_end(self, shell: RunShell, result: RunResult) -> None:
         run, now = shell.run, shell.run.clock()

@@ -186,9 +186,6 @@ class LoopRunner(_GeneratorRunner):
         if generator is not None:
             await self._dispose(generator)
 
-    async def close(self, grace: float) -> None:
-        """Nothing to do: each pull is closed with its context."""
-
 
 class MapRunner(LoopRunner):
     """The function gives children: as a generator, or as an iterable that it returns (T5, T15)."""

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from obsdag.core.records import Execution, current_execution
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from obsdag.core.state import RunState
     from obsdag.worker import Worker
 
-__all__ = ["Mailbox", "clean_copy", "clock_of"]
+__all__ = ["Mailbox", "clean_copy", "clock_of", "see_through"]
 
 
 class Mailbox:
@@ -108,3 +108,21 @@ def clean_copy() -> contextvars.Context:
         copy.run(lambda: otel_context.attach(trace.set_span_in_context(trace.INVALID_SPAN)))
     copy.run(current_execution.set, None)
     return copy
+
+
+async def see_through(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Awaits `coroutine` to its end, however often the caller is cancelled meanwhile (E9); then it is told so.
+
+    Raises the first CancelledError that came, else what the coroutine raised.
+    """
+    task = asyncio.get_running_loop().create_task(coroutine)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = cancelled or error
+    raised = None if task.cancelled() else task.exception()
+    if cancelled is not None and (raised is None or isinstance(raised, Exception)):
+        raise cancelled
+    task.result()

@@ -117,16 +117,16 @@ class Runners:
             case "stream":
                 return self._closed_at_end(StreamRunner(self, task))
             case "loop":
-                return self._closed_at_end(LoopRunner(self, task))
+                return LoopRunner(self, task).run
             case "map":
-                return self._closed_at_end(MapRunner(self, task))
+                return MapRunner(self, task).run
             case "service":
                 return self._closed_at_end(ServiceRunner(self, task))
             case _ if task.runs_on == "process":
                 return partial(self._process, task)
         return partial(self._function, task)
 
-    def _closed_at_end(self, runner: StreamRunner | LoopRunner | MapRunner | ServiceRunner) -> Runner:
+    def _closed_at_end(self, runner: StreamRunner | ServiceRunner) -> Runner:
         self.closers.append(runner.close)
         return runner.run
 
@@ -346,6 +346,12 @@ class Runners:
         tell = self.shell.run.facts.cleanup_failed
         if tell is not None:
             tell(what, error)
+
+    def has_to_close(self) -> bool:
+        """Whether there are generators, services, pooled items or shutdown hooks to wait for."""
+        hooks = any(hasattr(task, "shutdown") for task in self.plan.tasks)
+        pools = any(isinstance(limit, ResourcePool) for limits in self.shell.run.limits for limit in limits)
+        return bool(hooks or pools or self.starting or self.closing or self.closers)
 
     async def close(self, grace: float) -> None:
         """Closes generators and services, then calls the shutdown hooks, last started first; errors are reported."""

@@ -77,6 +77,21 @@ class ThreadAnswer:
             return  # the loop is closed: nobody is left to be answered
 
 
+class Inbox(asyncio.Queue[Any]):
+    """The queue of a service on the loop. `exhausted` is resolved when it asks for more after it was told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+        self.exhausted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def get(self) -> Any:
+        """The next `(context, future)`; at last `(StopContext(), future)`."""
+        if self.closed and self.empty() and not self.exhausted.done():
+            self.exhausted.set_result(None)
+        return await super().get()
+
+
 class ThreadInbox(queue.Queue[Any]):
     """The queue of a thread service. When it is closed, `get` gives what is left and then ends the thread by
     SystemExit.
@@ -158,7 +173,7 @@ class ServiceRunner:
             self.thread = threading.Thread(target=self._thread_main, args=(call, self.body), name=name, daemon=True)
             self.thread.start()
         else:
-            self.inbox = asyncio.Queue()
+            self.inbox = Inbox()
             self.body = self.shell.loop.create_task(self.task.func(self.inbox, *env), context=base)
         self.body.add_done_callback(self._died)
 
@@ -235,7 +250,9 @@ class ServiceRunner:
             if body.done() and self.thread is not None:
                 self.thread.join(_LAST_S)  # it has told that it is over; these are its last instructions
         else:
-            await asyncio.wait([body, answer], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+            self.inbox.closed = True
+            ends = [body, answer, self.inbox.exhausted]
+            await asyncio.wait(ends, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         answer.cancel()
         if not body.done() and isinstance(body, asyncio.Task):
             body.cancel()

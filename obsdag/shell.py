@@ -417,6 +417,13 @@ class RunShell(Mailbox):
         if not self.done.done():
             self.done.set_result(None)
 
+    def closes_at_once(self) -> bool:
+        """Whether `finish_run` has nothing to wait for."""
+        run = self.run
+        if self.early or run.closings or not run.settled() or self.runners.has_to_close():
+            return False
+        return all(task.done() for task in self.tasks)
+
     async def finish_run(self) -> None:
         """Ends the run by the steps at the top of this module; nothing is left behind."""
         run = self.run

@@ -33,6 +33,7 @@ _RUNNING, _POOL_WAIT, _QUEUED = State.RUNNING.value, State.POOL_WAIT.value, Stat
 _FROZEN, _DISCARDED, _LENT = State.FROZEN.value, State.DISCARDED.value, State.LENT.value
 _OUTCOME_INDEX = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _KIND_INDEX = {kind: index for index, kind in enumerate(ENTRY_KINDS)}
+_CONTEXTS_PER_CHECK = 100  # looked at per transition, with `debug`
 _run_numbers = itertools.count(1)
 
 
@@ -115,6 +116,7 @@ class RunBase:
         self.caller: Callable[[], Execution | None] = _nothing  # whose function is asking
         self.closings: list[Any] = []
         self._settling = False
+        self._unchecked = 0
         self.limits = self._limits_by_task()
         self.limiter_names = self._limiter_names()
         self.gc = config.enable_context_gc
@@ -260,6 +262,17 @@ class RunBase:
         return iter(())
 
     # --- conservation (C9)
+
+    def check_transition(self) -> None:
+        """With `debug`, after every transition: the sums; and each context's books as often as that is in proportion.
+
+        Looking at each of n contexts after each transition would make a run of many living ones quadratic.
+        """
+        self._unchecked += _CONTEXTS_PER_CHECK
+        deep = self._unchecked >= self.living
+        if deep:
+            self._unchecked = 0
+        self.check(deep)
 
     def check(self, deep: bool = False) -> None:
         """Raises InternalError if entered != living + ended, or, with `deep`, if any context's own books do not

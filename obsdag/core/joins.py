@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from obsdag.context import Context
 from obsdag.core.base import _DISCARDED, more_of
 from obsdag.core.progress import Progress
-from obsdag.core.records import Execution, Lend, Stall
+from obsdag.core.records import Execution, Lend, More, Stall
 from obsdag.errors import TaskError
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Joins(Progress):
             target = None if lend.pulling else self._join_for(lend)
             if target != join and (lend.pulling or lend.living or target is not None):
                 return []
-            meeting.append(lend)
+            if target is not None:  # else its children went elsewhere: it is not handed back, and brings nothing here
+                meeting.append(lend)
         return meeting
 
     def _tell_released(self, parent: Context, branches: list[Lend], join: int, now: float) -> None:
@@ -168,14 +169,19 @@ class Joins(Progress):
                 self._close_lend(parent, lend, index, now)
             lend.children.clear()
 
+    def _leave_line(self, more: More) -> None:
+        """A child that waits at a join has something else to do: it holds its parent again."""
+        assert more.lend is not None
+        more.arrived = False
+        self._leave_join(more.lend, more.arrived_at)
+        more.lend.parent._holds += 1
+
     def _unarrive(self, child: Context, now: float) -> None:
+        """The join returned the child: it leaves the branch."""
         more = more_of(child)
-        lend = more.lend
-        if more.arrived and lend is not None:
-            more.arrived = False
-            self._leave_join(lend, more.arrived_at)
-            lend.living -= 1
-            lend.parent._holds += 1
+        if more.arrived and more.lend is not None:
+            self._leave_line(more)
+            more.lend.living -= 1
         more.arrived_at = -1
         more.lend = None
         self._recompute_parked(child)
@@ -192,7 +198,7 @@ class Joins(Progress):
             super()._settle_all(now)
         self.cause = None
         if self.debug:
-            self.check(deep=True)
+            self.check_transition()
 
     def _settle(self, context: Context, now: float) -> None:
         more = context._more

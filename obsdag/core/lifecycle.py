@@ -303,7 +303,7 @@ class Lifecycle(RunBase):
             if self.facts.context_destroyed is not None:
                 self.facts.context_destroyed(context, task, reason, now)
             self._end(context, outcome, now)
-        dropping = outcome == "dropped" and reason != "destroyed" and self.facts.context_dropped is not None
+        dropping = reason == "discarded" and self.facts.context_dropped is not None  # emptied: no warning (T14, T15)
         if dropping and task is not None and not (task.config.may_drop or task.config.pass_through):
             assert self.facts.context_dropped is not None
             self.facts.context_dropped(context, task, now)
@@ -440,7 +440,7 @@ class Lifecycle(RunBase):
         between = plan.descendants[lend.index] & plan.ancestors[last]
         parent._done |= plan.bit[lend.index] | plan.bit[last] | between
         self._recompute_parked(parent)
-        newly, ready = between | plan.bit[last], 0
+        newly, ready = plan.bit[lend.index] | between | plan.bit[last], 0
         blocked = parent._done | parent._running | parent._parked | parent._ready
         while newly:
             low = newly & -newly

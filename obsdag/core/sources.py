@@ -156,6 +156,7 @@ class Sources(Joins):
             self._admit_item(execution, pull, item, now)
         if context._outcome is None and pull.state != "closed":
             self._wait_for_turn(pull, now)
+        self._schedule(context, now)  # it may have been among the items
         self._settle_all(now)
 
     def _admit_item(self, execution: Execution, pull: Pull, item: Context, now: float) -> None:
@@ -275,8 +276,8 @@ class Sources(Joins):
             return True
         more = other._more
         kept_at = more.kept_at if more is not None else -1
-        if more is not None and more.arrived_at >= 0:
-            self._unarrive(other, now)
+        if more is not None and more.arrived and not other._done & self.plan.bit[index]:
+            self._leave_line(more)  # it arrives again when nothing else of it lives
         if kept_at >= 0 and more is not None:
             more.kept_at = -1
             self._complete(other, kept_at, now)
