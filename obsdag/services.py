@@ -267,4 +267,5 @@ class ServiceRunner:
                 self.shell.run.facts.thread_abandoned(self.thread.name if self.thread else "loop", self.task.id, 0.0)
             body.cancel()
         elif not body.cancelled() and (error := body.exception()) is not None:
-            self.runners.report(f"service {self.task.id!r}", error)
+            hint = "at its StopContext: it should return when isinstance(context, StopContext)"
+            self.runners.report(f"service {self.task.id!r}, {hint}", error)

@@ -617,6 +617,24 @@ async def test_E7_a_run_with_threads_ends_within_three_turns_when_the_pool_is_ke
 
 
 @virtual
+async def test_E7_a_service_that_knows_no_stop_marker_does_not_hold_up_the_end() -> None:
+    dag = DAG()
+
+    @dag.service
+    async def gather(queue: asyncio.Queue[Any]) -> None:
+        calls = []
+        while True:
+            calls.append(await queue.get())
+            if len(calls) == 2:
+                for ctx, future in calls:
+                    future.set_result(ctx)
+                calls.clear()
+
+    assert_counts(await execute(dag, [{}, {}]), output=2)
+    assert now() == 0
+
+
+@virtual
 async def test_E7_idle_workers_cost_nothing() -> None:
     dag, most = DAG(), []
 
