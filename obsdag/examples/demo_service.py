@@ -68,7 +68,7 @@ TROUBLES: Final = {
     "deadlock": "a run of the back office ends with a stalled context",
     "broken_pool": "a worker process dies under its task",
     "drops": "an observer of the back office raises and is detached",
-    "block": "a task keeps the event loop for a second",
+    "block": "five tasks keep the event loop, each for a second",
     "outage": "the partner answers nobody for a while",
     "restart": "a stream raises and is made anew",
     "reject": "submissions are turned away",
@@ -77,7 +77,8 @@ TROUBLES: Final = {
 """What can be made to go wrong, by name."""
 
 _LOG: Final = logging.getLogger("demo")
-_OUTAGE: Final = 40  # attempts
+_TIMES: Final = {"outage": 400, "block": 5}
+"""How often it happens when asked for once, if more than once: 400 attempts are some 13 s at the limit's rate."""
 
 
 class PartnerDown(Exception):
@@ -133,7 +134,7 @@ class Troubles:
         """Asks for trouble. Raises KeyError if there is none of that name."""
         TROUBLES[name]
         with self._lock:
-            self._due[name] += times * (_OUTAGE if name == "outage" else 1)
+            self._due[name] += times * _TIMES.get(name, 1)
 
     def take(self, name: str) -> bool:
         """Whether that trouble is to happen now; it is then done with."""

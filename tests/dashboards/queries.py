@@ -1,14 +1,19 @@
-"""Reading PromQL: Grafana's variables put in, and the metrics and labels that an expression asks for."""
+"""Reading dashboards and PromQL: the queries of panels, and the metrics and labels that an expression asks for."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import promql_parser
 
-__all__ = ["FOREIGN", "NAME", "metrics_in", "substituted"]
+from obsdag.dashboards import folder
+
+__all__ = ["BOARDS", "FOREIGN", "NAME", "Target", "board", "metrics_in", "panels", "substituted", "targets"]
+
+BOARDS: Final = ("overview", "tasks", "contexts", "engine")
 
 NAME: Final = re.compile(r"_(bucket|sum|count)$")
 """What a histogram's series have behind its name."""
@@ -58,3 +63,36 @@ def metrics_in(expr: str) -> Iterator[tuple[str, set[str]]]:
             pending.append(node.expr)
         else:
             assert isinstance(node, promql_parser.NumberLiteral | promql_parser.StringLiteral), f"{expr}: {node!r}"
+
+
+class Target(NamedTuple):
+    """One query of one panel of one dashboard."""
+
+    board: str
+    panel: dict[str, Any]
+    query: dict[str, Any]
+
+    @property
+    def expr(self) -> str:
+        return str(self.query["expr"])
+
+    @property
+    def label(self) -> str:
+        return f"{self.board}-{self.panel['title']}-{self.query['refId']}"
+
+
+def board(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder() / "grafana" / f"{name}.json").read_text())
+    return found
+
+
+def panels(name: str) -> Iterator[dict[str, Any]]:
+    for each in board(name)["panels"]:
+        if each["type"] != "row":
+            yield each
+        yield from each.get("panels", ())
+
+
+def targets() -> list[Target]:
+    """All queries of all panels of all dashboards."""
+    return [Target(name, each, query) for name in BOARDS for each in panels(name) for query in each["targets"]]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import promql_parser
@@ -18,10 +17,10 @@ from obsdag.dashboards.boards import BOARDS
 from obsdag.dashboards.generate import generated
 from obsdag.dashboards.panels import JAEGER_UID, PROMETHEUS_UID
 from obsdag.telemetry.catalogue import METRICS, metric
-from tests.dashboards.queries import FOREIGN, NAME, metrics_in, substituted
+from tests.dashboards.queries import BOARDS as NAMES
+from tests.dashboards.queries import FOREIGN, NAME, Target, board, metrics_in, panels, substituted, targets
 
 FOLDER = folder()
-NAMES = ("overview", "tasks", "contexts", "engine")
 VARIABLES = ("datasource", "job", "instance", "engine", "dag")
 UNITS = {"short", "none", "s", "ops", "percentunit", "bytes", "dateTimeFromNow"}
 """Grafana's ids of units that the dashboards use; anything else is a mistake until it is looked up and added here."""
@@ -30,32 +29,8 @@ EXCUSED: dict[str, str] = {}
 """Metrics that no dashboard shows, and why."""
 
 
-class Target(NamedTuple):
-    """One query of one panel of one dashboard."""
-
-    board: str
-    panel: dict[str, Any]
-    query: dict[str, Any]
-
-    @property
-    def expr(self) -> str:
-        return str(self.query["expr"])
-
-
-def _board(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FOLDER / "grafana" / f"{name}.json").read_text())
-    return found
-
-
-def _panels(name: str) -> Iterator[dict[str, Any]]:
-    for each in _board(name)["panels"]:
-        if each["type"] != "row":
-            yield each
-        yield from each.get("panels", ())
-
-
-PANELS = [pytest.param(name, each, id=f"{name}-{each['title']}") for name in NAMES for each in _panels(name)]
-TARGETS = [Target(name, each, query) for name in NAMES for each in _panels(name) for query in each["targets"]]
+PANELS = [pytest.param(name, each, id=f"{name}-{each['title']}") for name in NAMES for each in panels(name)]
+TARGETS = targets()
 
 
 def test_what_is_committed_is_what_is_generated() -> None:
@@ -67,14 +42,14 @@ def test_what_is_committed_is_what_is_generated() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_dashboard_can_be_provisioned_and_found(name: str) -> None:
-    board = _board(name)
+    found = board(name)
 
-    assert (board["uid"], board["title"], board["tags"]) == (f"obsdag-{name}", f"obsdag: {name}", ["obsdag"])
-    assert board.get("id") is None, "an id belongs to one Grafana"
-    assert board["annotations"] == {"list": []}
-    ids = [each["id"] for each in board["panels"]]
+    assert (found["uid"], found["title"], found["tags"]) == (f"obsdag-{name}", f"obsdag: {name}", ["obsdag"])
+    assert found.get("id") is None, "an id belongs to one Grafana"
+    assert found["annotations"] == {"list": []}
+    ids = [each["id"] for each in found["panels"]]
     assert len(ids) == len(set(ids))
-    assert [each["name"] for each in board["templating"]["list"]] == [
+    assert [each["name"] for each in found["templating"]["list"]] == [
         *VARIABLES,
         *(["task"] if name == "tasks" else []),
     ]
@@ -82,7 +57,7 @@ def test_each_dashboard_can_be_provisioned_and_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_variables_come_from_what_is_chosen_before_them(name: str) -> None:
-    source, *others = _board(name)["templating"]["list"]
+    source, *others = board(name)["templating"]["list"]
 
     assert (source["type"], source["query"], source["current"]["value"]) == ("datasource", "prometheus", PROMETHEUS_UID)
     known = {"datasource"}
@@ -115,7 +90,7 @@ def test_each_panel_says_what_it_shows_and_what_a_bad_value_means(name: str, eac
 @pytest.mark.parametrize("name", NAMES)
 def test_panels_do_not_lie_on_one_another(name: str) -> None:
     taken: dict[tuple[int, int], str] = {}
-    for each in _board(name)["panels"]:
+    for each in board(name)["panels"]:
         place = each["gridPos"]
         for x in range(place.get("x", 0), place.get("x", 0) + place["w"]):
             for y in range(place.get("y", 0), place.get("y", 0) + place["h"]):
@@ -212,7 +187,7 @@ def test_links_to_traces_are_searches_by_labels_that_the_series_have() -> None:
     links = [
         (each, link["url"])
         for name in NAMES
-        for each in _panels(name)
+        for each in panels(name)
         for link in each["fieldConfig"]["defaults"].get("links", ())
     ]
 

@@ -114,7 +114,8 @@ def test_alerts_fire_when_they_must_and_only_then() -> None:
 
 
 def _cases(alert: str) -> dict[str, Any]:
-    (found,) = [each for each in yaml.safe_load(TESTS.read_text())["tests"] if each["name"] == alert]
+    tests = yaml.load(TESTS.read_text(), Loader=yaml.BaseLoader)["tests"]  # to others, 0x30 is a hexadecimal number
+    (found,) = [each for each in tests if each["name"] == alert]
     assert isinstance(found, dict)
     return found
 
@@ -129,3 +130,37 @@ def test_each_alert_has_a_case_that_fires_a_quiet_one_and_a_false_alarm(alert: A
         assert re.search(rf'(dag|instance)="{case}"', series), f"there is no case {case!r}"
     assert f'alertname="{alert.name}", alertstate="firing"' in first["expr"]
     assert [re.findall(r'"(\w+)"', each["labels"]) for each in first["exp_samples"]] == [["fires"]]
+
+
+MUTANTS = [
+    pytest.param(alert, left_out, id=f"{alert.name}-{'for' if left_out is None else left_out}")
+    for alert in ALERTS
+    for left_out in (
+        *(range(len(alert.conditions)) if len(alert.conditions) > 1 else ()),
+        *([None] if alert.for_s else []),
+    )
+]
+
+
+@needs_promtool
+@pytest.mark.slow
+@pytest.mark.parametrize(("alert", "left_out"), MUTANTS)
+def test_nothing_of_an_alert_can_be_left_out_unnoticed(alert: Alert, left_out: int | None, tmp_path: Path) -> None:
+    """Each condition, and the time it must hold, is what keeps a quiet case or a false alarm quiet."""
+    rules = yaml.safe_load((RULES / "alerts.yml").read_text())
+    (rule,) = [each for each in rules["groups"][0]["rules"] if each["alert"] == alert.name]
+    if left_out is None:
+        rule["for"] = "0s"
+    else:
+        kept = [each for at, each in enumerate(alert.conditions) if at != left_out]
+        rule["expr"] = "\n".join([kept[0].text, *(f"{each.joiner} {each.text}" for each in kept[1:])])
+    test = {**_cases(alert.name), "name": "mutant"}
+    shutil.copy(RULES / "recordings.yml", tmp_path)
+    (tmp_path / "alerts.yml").write_text(yaml.safe_dump(rules))
+    files = {"rule_files": ["recordings.yml", "alerts.yml"], "evaluation_interval": "1m", "tests": [test]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(files))
+
+    done = _promtool("test", "rules", tmp_path / "test.yml")
+
+    assert done.returncode == 1, "the tests of this alert do not need this part of it"
+    assert "FAILED" in done.stdout + done.stderr
