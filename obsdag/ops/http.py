@@ -24,6 +24,9 @@ import h11
 __all__ = ["Bounds", "Connections"]
 
 _READ: Final = 65_536
+_LINGER_S: Final = 0.5
+_LINGER_BYTES: Final = 1_000_000
+_FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
@@ -44,6 +47,7 @@ class Connections:
         self._app = app
         self.bounds = bounds
         self.tasks: set[asyncio.Task[Any]] = set()
+        self._refusing = 0
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serves one connection to its end."""
@@ -51,7 +55,7 @@ class Connections:
         assert task is not None
         try:
             if len(self.tasks) >= self.bounds.connections:
-                await _refuse(writer)
+                await self._refuse(reader, writer)
                 return
             self.tasks.add(task)
             await _Connection(self._app, self.bounds, reader, writer).serve()
@@ -61,13 +65,33 @@ class Connections:
             self.tasks.discard(task)
             writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
 
+    async def _refuse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing >= self.bounds.connections:  # a flood gets not even an answer
+            return
+        self._refusing += 1
+        try:
+            writer.write(_FULL)
+            async with asyncio.timeout(_LINGER_S):
+                await writer.drain()
+            await _linger(reader, writer)
+        finally:
+            self._refusing -= 1
 
-async def _refuse(writer: asyncio.StreamWriter) -> None:
-    writer.write(
-        b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Reads away, for a moment, what the client still sends: closed on unread bytes, it would never see the answer."""
+    writer.write_eof()
+    left = _LINGER_BYTES
+    async with asyncio.timeout(_LINGER_S):
+        while left > 0 and (data := await reader.read(_READ)):
+            left -= len(data)
+
+
+def _has_body(request: h11.Request) -> bool:
+    """Whether one is announced, in whatever way: of two lengths that disagree, none is believed."""
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in request.headers
     )
-    async with asyncio.timeout(1.0):
-        await writer.drain()
 
 
 class _Connection:
@@ -118,7 +142,10 @@ class _Connection:
         if scope is None:
             await self._plain(400, "The address of the request cannot be read.")
             return False
-        if not isinstance(self._http.next_event(), h11.EndOfMessage):  # a body is coming, slowly perhaps
+        if request.http_version not in (b"1.0", b"1.1"):
+            await self._plain(505, "This is HTTP/1.1.")
+            return False
+        if _has_body(request) or not isinstance(self._http.next_event(), h11.EndOfMessage):  # it may come slowly
             await self._plain(413, "Requests have no body here.")
             return False
         self._responded = False
@@ -190,3 +217,4 @@ class _Connection:
             await self._write(h11.Response(status_code=status, headers=headers))
             await self._write(h11.Data(data=body))
             await self._write(h11.EndOfMessage())
+        await _linger(self._reader, self._writer)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.core.states import LANES, OUTCOMES, STATES, State
 from obsdag.ops.watch import Rates, Sample, Watch, trace_id_of
+from obsdag.serve import ServeExecutor
 from obsdag.telemetry.gauges import settled_counts
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COLUMNS", "Reader"]
 
+Living = list[tuple["RunShell", list["Context"]]]
+
 COLUMNS: Final = ("running", "waiting", "executions", "failed", "retried", "rate", "mean_s", "p95_s")
 """A task's numbers, in the order in which rows hold them. rate: ends per second; mean_s, p95_s: of the same window."""
 
@@ -33,6 +36,7 @@ _ELSEWHERE: Final = frozenset((State.LENT, State.SOURCE_WAIT, State.DISCARDED))
 
 _LOOKED_AT: Final = 2_000  # living contexts, the oldest, that are looked at one by one
 _SLOWEST: Final = 12
+_TRIES: Final = 5
 _JOINS: Final = 20
 _WORKERS: Final = 128
 _CHILDREN: Final = 200
@@ -59,64 +63,79 @@ class Reader:
         self._rates = Rates()
 
     def read(self) -> tuple[dict[str, Any], list[list[Any]]]:
-        """The present moment: everything but the tasks, and the tasks' rows (COLUMNS)."""
-        executor, watch = self.watch.executor, self.watch
+        """The present moment: everything but the tasks, and the tasks' rows (COLUMNS).
+
+        A part that cannot be read, because the engine changed it meanwhile once too often, is named in `unreadable`.
+        """
+        executor, unreadable = self.watch.executor, list[str]()
         shells = list(executor._shells)
-        counts, states = self._counts(shells)
+        counts, states, unaccounted = self._counts(shells)
         living = [(shell, _oldest(shell.run)) for shell in shells]
         rows, rate = self._rows(shells, living, counts)
         state = {
-            "dag": self._plan.name,
-            "engine": getattr(executor.config.telemetry, "engine", None),
-            "phase": getattr(executor, "phase", None) or ("running" if shells else "idle"),
-            "serving": hasattr(executor, "phase"),
-            "runs": len(shells),
-            "up_s": max((shell.clock() - shell.run.started for shell in shells), default=0.0),
+            **self._whole(shells),
             "counts": counts,
             "living": sum(states.values()),
+            "unaccounted": unaccounted,
             "states": states,
             "rate": rate,
-            "pending": getattr(executor, "pending", 0),
-            "in_flight": getattr(executor, "in_flight", sum(states.values())),
-            "unfetched": getattr(executor, "unfetched", 0),
+            **_parts(unreadable, shells, living),
+            **self._remembered(),
+            "unreadable": unreadable,
+        }
+        return state, rows
+
+    def _whole(self, shells: list[RunShell]) -> dict[str, Any]:
+        executor = self.watch.executor
+        serving = executor if isinstance(executor, ServeExecutor) else None
+        return {
+            "dag": self._plan.name,
+            "engine": getattr(executor.config.telemetry, "engine", None),
+            "phase": serving.phase if serving is not None else "running" if shells else "idle",
+            "serving": serving is not None,
+            "runs": len(shells),
+            "up_s": max((shell.clock() - shell.run.started for shell in shells), default=0.0),
+            "pending": serving.pending if serving is not None else 0,
+            "in_flight": serving.in_flight if serving is not None else 0,
+            "unfetched": serving.unfetched if serving is not None else 0,
             "capacity": {
                 "workers": executor.config.context_worker_num,
                 "live_contexts": executor.config.max_live_contexts,
                 "pending": executor.config.max_pending,
             },
-            "lanes": _lanes(shells),
-            "workers": _workers(shells),
-            "timers": _timers(shells),
-            "limits": [limit for shell in shells for limit in _limits(shell)],
-            "pools": _pools(shells),
-            "joins": _joins(living),
-            "slowest": _slowest(living),
+        }
+
+    def _remembered(self) -> dict[str, Any]:
+        watch = self.watch
+        seconds, task = watch.blocked_for(time.monotonic())
+        return {
             "failures": list(watch.failures)[::-1],
             "events": list(watch.events)[::-1],
             "traces": list(watch.traces)[::-1],
             "rejected": dict(watch.rejected),
             "last_run": watch.last_run,
+            "blocked": {"task": task, "for_s": seconds} if seconds else None,
         }
-        return state, rows
 
-    def _counts(self, shells: list[RunShell]) -> tuple[dict[str, int], dict[str, int]]:
-        """Entered and each outcome, of all runs so far, and the living by state: consistent (C9)."""
+    def _counts(self, shells: list[RunShell]) -> tuple[dict[str, int], dict[str, int], int]:
+        """Entered and each outcome, of all runs so far, the living by state, and what does not add up (C9): 0."""
         totals = self.watch.executor._totals.copy()
         counts = {name: int(totals[name]) for name in ("entered", *OUTCOMES)}
-        states = dict.fromkeys(STATES, 0)
+        states, unaccounted = dict.fromkeys(STATES, 0), 0
         for shell in shells:
             found = settled_counts(shell.run)
+            unaccounted += found.unaccounted
             counts["entered"] += sum(found.entered)
             for name, number in zip(OUTCOMES, found.finished, strict=True):
                 counts[name] += number
             for name, number in zip(STATES, found.states, strict=True):
                 states[name] += number
-        return counts, states
+        return counts, states, unaccounted
 
     # --- tasks
 
     def _rows(
-        self, shells: list[RunShell], living: list[tuple[RunShell, list[Context]]], counts: dict[str, int]
+        self, shells: list[RunShell], living: Living, counts: dict[str, int]
     ) -> tuple[list[list[Any]], dict[str, float | None]]:
         watch, inner = self.watch, self._inner
         totals = watch.executor._totals.copy()
@@ -163,6 +182,31 @@ class Reader:
     def _bounds(self, shells: list[RunShell]) -> tuple[float, ...]:
         tallies = _tallies(shells)
         return tallies[0]._buckets.bounds if tallies else ()
+
+
+def _parts(unreadable: list[str], shells: list[RunShell], living: Living) -> dict[str, Any]:
+    """What is read one by one from structures that change under the reader."""
+    readers: dict[str, tuple[Callable[[], Any], Any]] = {
+        "lanes": (lambda: _lanes(shells), dict.fromkeys(LANES, 0)),
+        "workers": (lambda: _workers(shells), {"busy": 0, "doing": []}),
+        "timers": (lambda: _timers(shells), {"armed": 0, "next_in_s": None}),
+        "limits": (lambda: _limits(shells), []),
+        "pools": (lambda: _pools(shells), []),
+        "joins": (lambda: _joins(living), []),
+        "slowest": (lambda: _slowest(living), []),
+    }
+    found: dict[str, Any] = {}
+    for name, (read, otherwise) in readers.items():
+        for _ in range(_TRIES):
+            try:
+                found[name] = read()
+                break
+            except (RuntimeError, LookupError, AttributeError, ValueError):  # changed in the middle of it
+                continue
+        else:
+            found[name] = otherwise
+            unreadable.append(name)
+    return found
 
 
 def _tallies(shells: list[RunShell]) -> list[Any]:
@@ -216,7 +260,7 @@ def _oldest(run: RunState) -> list[Context]:
     return []
 
 
-def _waiting(living: list[tuple[RunShell, list[Context]]]) -> Counter[str]:
+def _waiting(living: Living) -> Counter[str]:
     """Contexts that are at a task and do not run there: queued for it, or waiting."""
     found: Counter[str] = Counter()
     for shell, contexts in living:
@@ -226,7 +270,7 @@ def _waiting(living: list[tuple[RunShell, list[Context]]]) -> Counter[str]:
     return found
 
 
-def _slowest(living: list[tuple[RunShell, list[Context]]]) -> list[dict[str, Any]]:
+def _slowest(living: Living) -> list[dict[str, Any]]:
     """Roots that have been under way longest, and where their time went."""
     found: list[dict[str, Any]] = []
     for shell, contexts in living:
@@ -257,7 +301,7 @@ def _tasks_of(run: RunState, context: Context) -> list[str]:
     return names[:8] or [run._waiting_at(context)]
 
 
-def _joins(living: list[tuple[RunShell, list[Context]]]) -> list[dict[str, Any]]:
+def _joins(living: Living) -> list[dict[str, Any]]:
     """Joins that wait, and for what: children under way, upstreams of the parent, a map that still gives."""
     found: list[dict[str, Any]] = []
     for shell, contexts in living:
@@ -311,7 +355,7 @@ def _lanes(shells: Iterable[RunShell]) -> dict[str, int]:
 def _workers(shells: list[RunShell]) -> dict[str, Any]:
     """How many are busy, and what each of the busy ones does, the longest first."""
     busy: list[dict[str, Any]] = []
-    for shell in shells:
+    for n, shell in enumerate(shells):
         now = shell.clock()
         for worker in shell.workers:
             context = worker.context
@@ -321,7 +365,9 @@ def _workers(shells: list[RunShell]) -> dict[str, Any]:
             pull = getattr(context, "pull", None)
             owner = context if pull is None else pull.context
             tasks = [each.task.id for each in tuple(owner._executions or ())][:8]
-            busy.append({"n": worker.number, "context": owner.id, "tasks": tasks, "for_s": max(now - since, 0.0)})
+            busy.append(
+                {"run": n, "n": worker.number, "context": owner.id, "tasks": tasks, "for_s": max(now - since, 0.0)}
+            )
     busy.sort(key=lambda each: -each["for_s"])
     return {"busy": len(busy), "doing": busy[:_WORKERS]}
 
@@ -337,20 +383,22 @@ def _timers(shells: list[RunShell]) -> dict[str, Any]:
     return {"armed": armed, "next_in_s": next_in}
 
 
-def _limits(shell: RunShell) -> list[dict[str, Any]]:
-    names, now = shell.run.limiter_names, shell.clock()
-    return [
-        {
-            "name": names[status["limit"]],
-            "kind": status["kind"],
-            "capacity": status["capacity"],
-            "in_use": status["in_use"],
-            "waiting": status["waiting"],
-            "next_in_s": None if status["next_permit_at"] is None else max(status["next_permit_at"] - now, 0.0),
-        }
-        for status in shell.run.runtime.limits.snapshot()
-        if status["limit"] in names
-    ]
+def _limits(shells: list[RunShell]) -> list[dict[str, Any]]:
+    found: dict[Any, dict[str, Any]] = {}
+    for shell in shells:
+        names, now = shell.run.limiter_names, shell.clock()
+        for status in shell.run.runtime.limits.snapshot() if names else ():
+            if status["limit"] in names:
+                next_at = status["next_permit_at"]
+                found[status["limit"]] = {
+                    "name": names[status["limit"]],
+                    "kind": status["kind"],
+                    "capacity": status["capacity"],
+                    "in_use": status["in_use"],
+                    "waiting": status["waiting"],
+                    "next_in_s": None if next_at is None else max(next_at - now, 0.0),
+                }
+    return list(found.values())
 
 
 def _pools(shells: list[RunShell]) -> list[dict[str, Any]]:
