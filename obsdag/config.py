@@ -31,12 +31,13 @@ class Setting:
 
     kind: whole number, finite number of seconds, True or False, one of `choices`, an object, or several objects.
     meaning: a phrase for the reader of the README. minimum: the least value allowed or, with `above`, the greatest that
-    is not. none: what None means, empty where None is not allowed.
+    is not. maximum: the greatest allowed. none: what None means, empty where None is not allowed.
     """
 
     kind: Literal["whole", "seconds", "switch", "choice", "object", "objects"]
     meaning: str
     minimum: float | None = None
+    maximum: int | None = None
     above: bool = False
     none: str = ""
     choices: tuple[str, ...] = ()
@@ -45,6 +46,8 @@ class Setting:
     def allowed(self) -> str:
         """The values allowed, as a phrase: "a number of seconds > 0, or None (no deadline)"."""
         bound = "" if self.minimum is None else f" {'>' if self.above else '>='} {self.minimum:g}"
+        if self.maximum is not None:
+            bound = f" from {self.minimum:g} to {self.maximum:,}"
         phrase = {
             "whole": f"a whole number{bound}",
             "seconds": f"a number of seconds{bound}",
@@ -94,6 +97,8 @@ class Setting:
     def _is_in_range(self, value: float) -> bool:
         if self.minimum is None:
             return True
+        if self.maximum is not None and value > self.maximum:
+            return False
         return value > self.minimum if self.above else value >= self.minimum
 
 
@@ -107,12 +112,18 @@ class SettingRow(NamedTuple):
     variable: str
 
 
+MOST_WORKERS = 100_000
+MOST_THREADS = 10_000
+MOST_PROCESSES = 1_000
+"""Beyond these a number is a slip of the keyboard, which must not end in a machine without memory."""
+
+
 def _setting(setting: Setting) -> dict[str, Setting]:
     return {"setting": setting}
 
 
-def _whole(meaning: str, minimum: int | None = 0, none: str = "") -> dict[str, Setting]:
-    return _setting(Setting("whole", meaning, minimum=minimum, none=none))
+def _whole(meaning: str, minimum: int | None = 0, maximum: int | None = None, none: str = "") -> dict[str, Setting]:
+    return _setting(Setting("whole", meaning, minimum=minimum, maximum=maximum, none=none))
 
 
 def _seconds(meaning: str, *, above: bool = False, none: str = "") -> dict[str, Setting]:
@@ -131,7 +142,7 @@ class ExecutorConfig:
     `ExecutorConfig.describe()` gives every field with its default, its range and its meaning.
     """
 
-    context_worker_num: int = field(default=1, metadata=_whole("contexts driven at once", minimum=1))
+    context_worker_num: int = field(default=1, metadata=_whole("contexts driven at once", 1, MOST_WORKERS))
     task_worker_num: int = field(
         default=1, metadata=_whole("ready tasks of one context that run at once; 0: all of them")
     )
@@ -139,8 +150,12 @@ class ExecutorConfig:
         default=1,
         metadata=_seconds("unit of the wait for frozen contexts, see `worker_idle_times`", none="wait without end"),
     )
-    thread_pool_worker_num: int = field(default=0, metadata=_whole("threads for sync tasks; 0: a pool of default size"))
-    process_pool_worker_num: int = field(default=0, metadata=_whole("worker processes for process tasks; 0: none"))
+    thread_pool_worker_num: int = field(
+        default=0, metadata=_whole("threads for sync tasks; 0: a pool of default size", 0, MOST_THREADS)
+    )
+    process_pool_worker_num: int = field(
+        default=0, metadata=_whole("worker processes for process tasks; 0: none", 0, MOST_PROCESSES)
+    )
     enable_context_gc: bool = field(
         default=True,
         metadata=_switch("discarded and replaced contexts end at once; off: they stay readable until the run ends"),

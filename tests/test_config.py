@@ -39,10 +39,13 @@ def test_E1_a_config_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("context_worker_num", 0, "a whole number >= 1"),
-        ("context_worker_num", 2.0, "a whole number >= 1"),
-        ("context_worker_num", True, "a whole number >= 1"),
-        ("context_worker_num", None, "a whole number >= 1"),
+        ("context_worker_num", 0, "a whole number from 1 to 100,000"),
+        ("context_worker_num", 2.0, "a whole number from 1 to 100,000"),
+        ("context_worker_num", True, "a whole number from 1 to 100,000"),
+        ("context_worker_num", None, "a whole number from 1 to 100,000"),
+        ("context_worker_num", 100_001, "a whole number from 1 to 100,000"),
+        ("thread_pool_worker_num", 10_001, "a whole number from 0 to 10,000"),
+        ("process_pool_worker_num", 1_001, "a whole number from 0 to 1,000"),
         ("task_worker_num", -1, "a whole number >= 0"),
         ("context_queue_timeout", -0.1, "a number of seconds >= 0, or None (wait without end)"),
         ("deadline", 0, "a number of seconds > 0, or None (no deadline)"),
@@ -132,7 +135,10 @@ def test_toml_table_is_read_and_none_is_written_as_text(tmp_path: pathlib.Path) 
         ("[executer]\n", "has no table [executor]"),
         ("executor = 3\n", "has no table [executor]"),
         ("[executor\n", "is not TOML: "),
-        ("[executor]\ncontext_worker_num = 0\n", "[executor] context_worker_num must be a whole number >= 1, not 0"),
+        (
+            "[executor]\ncontext_worker_num = 0\n",
+            "[executor] context_worker_num must be a whole number from 1 to 100,000, not 0",
+        ),
         ("[executor]\ntelemetry = 'x'\n", "[executor] telemetry: telemetry can only be set in the program"),
         ("[executor]\ndebugg = true\n", "[executor] has no setting 'debugg'; did you mean 'debug'?"),
     ],
@@ -179,8 +185,16 @@ def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.Monke
     ("variable", "text", "message"),
     [
         ("OBSDAG_DEBUG", "maybe", "environment variable OBSDAG_DEBUG must be True or False, not 'maybe'"),
-        ("OBSDAG_CONTEXT_WORKER_NUM", "8.5", "OBSDAG_CONTEXT_WORKER_NUM must be a whole number >= 1, not '8.5'"),
-        ("OBSDAG_CONTEXT_WORKER_NUM", "0", "OBSDAG_CONTEXT_WORKER_NUM must be a whole number >= 1, not '0'"),
+        (
+            "OBSDAG_CONTEXT_WORKER_NUM",
+            "8.5",
+            "OBSDAG_CONTEXT_WORKER_NUM must be a whole number from 1 to 100,000, not '8.5'",
+        ),
+        (
+            "OBSDAG_CONTEXT_WORKER_NUM",
+            "0",
+            "OBSDAG_CONTEXT_WORKER_NUM must be a whole number from 1 to 100,000, not '0'",
+        ),
         ("OBSDAG_TELEMETRY", "x", "OBSDAG_TELEMETRY: telemetry can only be set in the program"),
         ("OBSDAG_DEADLIN", "3", "OBSDAG_DEADLIN is no setting; did you mean 'OBSDAG_DEADLINE'?"),
     ],

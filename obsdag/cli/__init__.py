@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from obsdag import __version__
 from obsdag.cli import dashboards, demo, graph, run
-from obsdag.cli.common import BAD_INPUT, INTERRUPTED, CliError
+from obsdag.cli.common import BAD_INPUT, INTERRUPTED, CliError, open_closed_streams
 
 __all__ = ["main"]
 
@@ -60,6 +60,7 @@ _TEXT_AT = re.compile(r" +(\S+ {2,})?")  # where the text of a line begins, behi
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line (None: that of this process); returns the exit status."""
     name = "obsdag"
+    open_closed_streams()
     try:
         args = _parse(sys.argv[1:] if arguments is None else arguments)
         name = f"obsdag {args.name}"

@@ -82,8 +82,8 @@ def command(args: argparse.Namespace) -> int:
 
     config = set_up_logs(load_config(args, args.target), args.log_level)
     with contextlib.ExitStack() as stack:
-        source = _open_source(args, stack)
         output = stack.enter_context(output_descriptor()) if args.output == "-" else None
+        source = _open_source(args, stack, output)
         dag = load_dag(args.target)
         sink = LineSink(None if args.output == "-" else args.output, "--output", output)
         stack.callback(sink.discard)
@@ -98,15 +98,15 @@ def command(args: argparse.Namespace) -> int:
         return asyncio.run(_Run(executor, source, sink, log, progress, args.quiet).run())
 
 
-def _open_source(args: argparse.Namespace, stack: contextlib.ExitStack) -> LineSource:
+def _open_source(args: argparse.Namespace, stack: contextlib.ExitStack, output: int | None) -> LineSource:
     is_stdin = args.input == "-"
     descriptor = 0 if is_stdin else open_input(args.input, "--input")
     if not is_stdin:
         import os
 
         stack.callback(os.close, descriptor)
-    output = 1 if args.output == "-" else args.output
-    check_apart([("--input", descriptor), ("--output", output), ("--failures", args.failures)])
+    target = args.output if output is None else output
+    check_apart([("--input", descriptor), ("--output", target), ("--failures", args.failures)])
     if is_stdin and sys.stdin is not None and sys.stdin.isatty() and not args.quiet:
         print("obsdag run: reads lines of JSON from the terminal; Ctrl-D ends them", file=sys.stderr)
     try:
@@ -323,8 +323,8 @@ class _Run:
                 await asyncio.wait_for(sink.flush(), _STUCK_WRITE_S)
         self.progress.stop()
         why = "terminated" if signals else "interrupted"
-        lost = f"{self.counts.get('cancelled', 0):,} contexts cancelled"
-        self.progress.say(f"obsdag run: {why} after {self.sink.lines:,} outputs, {lost}{self._kept()}")
+        lost = f"{_number(self.counts.get('cancelled', 0), 'context')} cancelled"
+        self.progress.say(f"obsdag run: {why} after {_number(self.sink.lines, 'output')}, {lost}{self._kept()}")
 
     def _kept(self) -> str:
         kept = [name for sink in self.sinks if (name := sink.keep_partial())]
@@ -333,9 +333,13 @@ class _Run:
     def _summary(self, took_s: float, early: str) -> str:
         rate = self.sink.lines / took_s if took_s > 0 else 0.0
         others = {name: self.counts[name] for name in ("dropped", "cancelled") if self.counts.get(name)}
-        numbers = [f"{self.sink.lines:,} outputs", f"{self.log.failed:,} failed"]
+        numbers = [_number(self.sink.lines, "output"), f"{self.log.failed:,} failed"]
         numbers += [f"{number:,} {name}" for name, number in others.items()]
         where = "" if early or self.sink.name == "standard output" else f" -> {self.sink.name}"
         failures = f", failures -> {self.log.sink.name}" if self.log.sink is not None and not early else ""
         took = f"in {took_s:.2f} s ({rate:,.0f}/s)"
         return shown(f"obsdag run: {', '.join(numbers)} of {self.source.name} {took}{where}{failures}")
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

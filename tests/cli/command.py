@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import struct
 import subprocess
 import sys
@@ -17,7 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PIPELINE", "ROOT", "TIMEOUT_S", "command", "environ", "jsonl", "lines", "on_terminal", "start", "wait_for"]
+__all__ = [
+    "PIPELINE",
+    "ROOT",
+    "TIMEOUT_S",
+    "command",
+    "environ",
+    "jsonl",
+    "lines",
+    "on_terminal",
+    "shell",
+    "start",
+    "wait_for",
+]
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 60.0
@@ -107,6 +120,21 @@ def command(
         check=False,
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The end of the command in a line of the shell: `line` has its arguments and the shell's redirections."""
+    words = [shlex.quote(word) for word in _words(())]
+    return subprocess.run(
+        f"{' '.join(words)} {line}",
+        shell=True,
+        cwd=folder,
+        env=environ(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
 
 
 @contextmanager

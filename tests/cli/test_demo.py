@@ -145,7 +145,7 @@ def test_a_tree_in_which_everything_fails_as_expected(tmp_path: Path) -> None:
         (["--path", "tree", "--out", "file"], "--out 'file' is a file: name a folder"),
         (["--path", "tree", "--out", "no/where"], "--out 'no/where' cannot be made: No such file or directory"),
         (["--path", "tree", "--processes", "0"], "task 'syntax' runs in a process: set "),
-        (["--path", "tree", "--workers", "many"], "--workers must be a whole number >= 1, not 'many'"),
+        (["--path", "tree", "--workers", "many"], "--workers must be a whole number from 1 to 100,000, not 'many'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_in_one_line_and_leaves_nothing(

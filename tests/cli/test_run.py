@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import TIMEOUT_S, command, jsonl, lines, on_terminal, start, wait_for
+from tests.cli.command import TIMEOUT_S, command, jsonl, lines, on_terminal, shell, start, wait_for
 
 HINT = "see 'obsdag run --help'"
 
@@ -184,7 +184,8 @@ def test_quiet_says_nothing_but_failures(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["orders:dag", "--wrokers", "3"], f"run: unknown argument '--wrokers'; did you mean --workers? {HINT}"),
-        (["orders:dag", "--workers", "0"], "--workers must be a whole number >= 1, not '0'"),
+        (["orders:dag", "--workers", "0"], "--workers must be a whole number from 1 to 100,000, not '0'"),
+        (["orders:dag", "--workers", "99999999"], "--workers must be a whole number from 1 to 100,000, not '99999999'"),
         (["orders:dag", "--workers"], f"argument --workers: expected one argument; {HINT}"),
         (["orders:dag", "--deadline", "soon"], "--deadline must be a number of seconds > 0, or None "),
         (["orders:dag", "--set", "deadline=0"], "--set deadline must be a number of seconds > 0, or None "),
@@ -283,6 +284,52 @@ def test_a_byte_order_mark_and_a_line_longer_than_a_portion_are_read(folder: Pat
     done = command("run", "orders:dag", "-i", "in.jsonl", folder=folder)
 
     assert [sorted(each) for each in lines(done.stdout)] == [["n", "seen"], ["long", "seen"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "outputs"),
+    [
+        (b"", 0),
+        (b"\n \r\n\n", 0),
+        (b'{"n": 1}\r\n{"n": 2}\r\n', 2),
+        (b'{"n": 1, "n": 2}', 1),
+        (b'{"n": "\xe2\x80\xa8"}', 1),
+    ],
+    ids=["empty", "blank", "crlf", "same key twice", "a line separator in a text"],
+)
+def test_odd_input_that_is_no_mistake(folder: Path, given: bytes, outputs: int) -> None:
+    (folder / "in.jsonl").write_bytes(given)
+
+    done = command("run", "orders:dag", "-q", "-i", "in.jsonl", "-o", "out.jsonl", folder=folder)
+
+    assert done.returncode == 0
+    assert len(lines((folder / "out.jsonl").read_text())) == outputs
+
+
+# --- streams that the caller closed
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "status", "told"),
+    [
+        ("orders:dag", "<&-", 2, "standard input cannot be read: Bad file descriptor; give --input FILE"),
+        ("orders:dag -i in.jsonl", ">&-", 2, "standard output is closed: give --output FILE"),
+        ("orders:dag -i in.jsonl -o out.jsonl", "<&- >&-", 0, "1 output, 0 failed of in.jsonl in"),
+        ("orders:dag -i in.jsonl -o out.jsonl", "<&- >&- 2>&-", 0, ""),
+        ("orders:dag -i no.jsonl -o out.jsonl", "<&- >&- 2>&-", 2, ""),
+    ],
+)
+def test_streams_that_are_closed(folder: Path, words: str, closed: str, status: int, told: str) -> None:
+    jsonl(folder / "in.jsonl", {"n": 1})
+
+    done = shell(f"run {words} {closed}", folder)
+
+    assert done.returncode == status
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert told in done.stderr
+    if status == 0:  # what the task prints has gone nowhere near it
+        assert lines((folder / "out.jsonl").read_text()) == [{"n": 1, "seen": True}]
 
 
 # --- files
@@ -466,7 +513,7 @@ def test_ctrl_c_on_a_terminal_ends_the_run_and_leaves_the_terminal_as_it_was(fol
     status, seen = on_terminal(*arguments, folder=folder, keys=b"\x03", when=b"1 out")
 
     assert status == 130
-    assert "interrupted after 1 outputs, 1 contexts cancelled" in seen
+    assert "interrupted after 1 output, 1 context cancelled" in seen
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
     assert "Traceback" not in seen
 
@@ -479,4 +526,4 @@ def test_without_rich_a_terminal_gets_plain_lines(folder: Path) -> None:
 
     assert status == 0
     assert "\x1b[" not in seen
-    assert "1 outputs, 0 failed of in.jsonl in " in seen
+    assert "1 output, 0 failed of in.jsonl in " in seen
