@@ -9,7 +9,7 @@ from typing import Any, Final
 from obsdag.cli.common import CliError
 from obsdag.errors import ConfigError
 
-__all__ = ["add_options", "refuse_options", "serve"]
+__all__ = ["OPTIONS", "add_options", "refuse_options", "serve"]
 
 _OPTIONS: Final = {
     "host": ("HOST", "address to listen on; default: 127.0.0.1"),
@@ -20,6 +20,14 @@ _OPTIONS: Final = {
     "rate": ("N", "orders per second; default: 20"),
     "trouble": ("NAME=S,...", "trouble of its own accord, every S seconds, such as deadlock=60,broken_pool=300"),
 }
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+OPTIONS: Final = tuple(map(_option, _OPTIONS))
+"""The options of the service, beside `--serve`."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +43,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(_option(name), metavar=metavar, help=text)
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def refuse_options(args: argparse.Namespace) -> None:
     """Raises CliError for an option that means something only with `--serve`."""
     for name in _OPTIONS:
@@ -51,7 +55,7 @@ def serve(args: argparse.Namespace) -> int:
     from obsdag.examples.demo_service import main
 
     if args.settings or any((args.config, args.path, args.out, args.quiet)):
-        raise CliError(f"--serve goes with {', '.join(map(_option, _OPTIONS))} only")
+        raise CliError(f"--serve goes with {', '.join(OPTIONS)} only")
     try:
         return main(_options(args))
     except ConfigError as error:

@@ -106,8 +106,10 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _process(arguments: list[str], log: Path, ready: Callable[[], bool], env: dict[str, str]) -> Iterator[Any]:
-    """A running program whose output goes to `log`; told to end afterwards, and made to."""
+def _process(
+    arguments: list[str], log: Path, ready: Callable[[], bool], env: dict[str, str], end: int = signal.SIGTERM
+) -> Iterator[Any]:
+    """A running program whose output goes to `log`; told to end afterwards by that signal, and made to."""
     with log.open("wb") as out:
         process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=log.parent)
         try:
@@ -118,8 +120,7 @@ def _process(arguments: list[str], log: Path, ready: Callable[[], bool], env: di
                 time.sleep(0.02)
             yield process
         finally:
-            process.send_signal(signal.SIGCONT)
-            process.terminate()
+            process.send_signal(end)
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
@@ -344,6 +345,13 @@ class Jaeger:
         found: list[dict[str, Any]] = self.api("traces", service=service, limit=limit, lookback="1h", **search)
         return found
 
+    def whole(self, trace_id: str) -> dict[str, Any]:
+        """One trace in OTLP's JSON."""
+        status, body = request(f"{self._query}/api/v3/traces/{trace_id}")
+        assert status == 200, f"{trace_id}: {status} {body[:300]!r}"
+        found: dict[str, Any] = json.loads(body)["result"]
+        return found
+
 
 @contextmanager
 def jaeger(place: Path) -> Iterator[Jaeger]:
@@ -355,6 +363,7 @@ def jaeger(place: Path) -> Iterator[Jaeger]:
     addresses = {port: f"127.0.0.1:{_free_port()}" for port in (16686, 16685, 13133, 4317, 4318)}
     for port, address in addresses.items():
         text = text.replace(f"0.0.0.0:{port}", address)
+    text = text.replace("timeout: 1s", "timeout: 200ms")
     (place / "jaeger.yml").write_text(text)
     query = f"http://{addresses[16686]}"
 
@@ -363,5 +372,6 @@ def jaeger(place: Path) -> Iterator[Jaeger]:
         place / "log",
         lambda: request(f"{query}/api/services")[0] == 200,
         dict(os.environ),
+        signal.SIGKILL,  # asked to end, it takes its time, and there is nothing to keep
     ):
         yield Jaeger(f"http://{addresses[4318]}", f"http://{addresses[4317]}", query)
