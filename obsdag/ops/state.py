@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.core.states import LANES, OUTCOMES, STATES, State
+from obsdag.ops.findings import Story
 from obsdag.ops.watch import Rates, Sample, Watch, trace_id_of
 from obsdag.serve import ServeExecutor
 from obsdag.telemetry.gauges import settled_counts
@@ -61,6 +62,7 @@ class Reader:
         ]
         self._number_keys = [(f"n:{plan.tasks[i].id}", f"s:{plan.tasks[i].id}") for i in self._inner]
         self._rates = Rates()
+        self._story = Story()
 
     def read(self) -> tuple[dict[str, Any], list[list[Any]]]:
         """The present moment: everything but the tasks, and the tasks' rows (COLUMNS).
@@ -83,6 +85,7 @@ class Reader:
             **self._remembered(),
             "unreadable": unreadable,
         }
+        state["findings"] = self._story.findings(state, time.time())
         return state, rows
 
     def _whole(self, shells: list[RunShell]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 // The page: listens to the event stream, keeps what it says, and has it drawn once per event.
 
 import { $, el, sync, text } from "./dom.js";
-import { Story } from "./findings.js";
 import { duration } from "./format.js";
 import { Graph } from "./graph.js";
+import { History } from "./history.js";
 import * as panels from "./panels.js";
 import { Table } from "./table.js";
 
@@ -34,7 +34,7 @@ function listen() {
 function take(message, how) {
   heardAt = performance.now();
   how(message);
-  for (const executor of feed.executors) executor.story.see(executor.state, feed.at);
+  for (const executor of feed.executors) executor.history.see(executor.state, feed.at);
   if (!paused) draw();
   pulse();
 }
@@ -45,7 +45,7 @@ function begin(message) {
   feed.executors.forEach((executor, n) => {
     executor.rows = executor.rows.map(named);
     executor.failedAt = new Map();
-    executor.story = before?.executors[n]?.story ?? new Story();
+    executor.history = before?.executors[n]?.history ?? new History();
     for (const each of executor.state.failures) noteFailure(executor, each);
   });
   if (current >= feed.executors.length) current = 0;
@@ -95,11 +95,11 @@ function draw() {
   $("main").hidden = none;
   if (none) return;
   const executor = feed.executors[current];
-  const { state, rows, story } = executor;
+  const { state, rows, history } = executor;
   const task = chosenTask === null ? null : executor.graph[chosenTask].id;
   head(state);
-  findings(story.findings(state, feed.at));
-  panels.tiles(state, story, feed.at);
+  findings(state.findings);
+  panels.tiles(state, history, feed.at);
   panels.where(state);
   if (graph.turned()) graph.layOut();
   graph.fill(rows, (i) => feed.at - (executor.failedAt.get(i) ?? -Infinity) < TROUBLE_S);

@@ -39,17 +39,17 @@ function entry(parts, ...children) {
 
 const span = (kind) => el("span", { class: kind });
 
-export function tiles(state, story, now) {
+export function tiles(state, history, now) {
   const { counts, capacity } = state;
   const oldest = state.slowest[0];
-  const trend = (name) => story.history.map((each) => each[name]);
+  const trend = (name) => history.of(name);
   const backlog = state.lanes.new + state.lanes.continuing + state.pending;
   const bad = counts.failed + counts.stalled;
   const shown = [
     { name: "Entering", value: rate(state.rate.entered), note: `${count(counts.entered)} so far`, trend: trend("in") },
     { name: "Finishing", value: rate(state.rate.ended), note: `${count(counts.output)} outputs`, trend: trend("out") },
     { name: "Living", value: count(state.living), note: `of ${count(capacity.live_contexts)} at most`, trend: trend("living") },
-    { name: "Queued and pending", value: count(backlog), note: state.serving ? `${count(state.pending)} pending of ${count(capacity.pending)}` : "waiting for a worker", trend: trend("pending"), level: backlog > 0 && state.workers.busy >= capacity.workers ? "warn" : "" },
+    { name: "Queued and pending", value: count(backlog), note: state.serving ? `${count(state.pending)} pending of ${count(capacity.pending)}` : "waiting for a worker", trend: trend("backlog"), level: backlog > 0 && state.workers.busy >= capacity.workers ? "warn" : "" },
     { name: "Workers busy", value: `${count(state.workers.busy)} / ${count(capacity.workers)}`, note: "" },
     { name: "Failed or stalled", value: count(bad), note: bad ? `${count(counts.failed)} failed, ${count(counts.stalled)} stalled` : "none", level: bad ? "bad" : "" },
     { name: "Oldest root", value: oldest ? duration(oldest.age_s) : "\u2013", note: oldest ? `at ${oldest.tasks[0]}` : "nothing is under way" },
