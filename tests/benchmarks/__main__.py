@@ -1,83 +1,109 @@
-"""The engine's cost per execution as a ratio to a hand-written loop, in one run: `python -m tests.benchmarks`.
+"""What obsdag costs, beside what else one would use, in one run:
 
-The two are run in turn, so that a machine whose speed drifts treats both alike; the median of the ratios of neighbors
-is what counts, single times are not. `--json` prints the figures for machines.
+    python -m tests.benchmarks --install DIR     environments for what it is compared with (once)
+    python -m tests.benchmarks --peers DIR --readme --plot benchmark.svg --json benchmark.json
+
+Every contender is a process of its own; each round asks all of them in turn, so that a machine whose speed drifts
+treats them alike, and the ratio to the hand-written loop of the same round is what counts. Without `--peers` only what
+obsdag's own environment holds is run. Times are shown and compared, never asserted.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import importlib.util
 import json
-import platform
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from obsdag import DAG, Context, Executor, ExecutorConfig
-from obsdag.tasks import AsyncFunctionTask
-from obsdag.telemetry import Telemetry
-from tests.benchmarks.loop import GRAPHS, Graph, check, run_loop
-
-
-async def no_op(context: Context) -> Context:
-    """The task of all workloads: what is measured is the engine."""
-    return context
-
-
-def build(graph: Graph) -> DAG:
-    """The graph as a DAG of no-op tasks."""
-    dag = DAG("benchmark")
-    for task, above in graph.items():
-        dag.add_task(AsyncFunctionTask(no_op, name=f"t{task}"), [f"t{upstream}" for upstream in above])
-    return dag
-
-
-def run_obsdag(graph: Graph, items: int) -> int:
-    """The graph on obsdag with four workers, observers off."""
-    config = ExecutorConfig(context_worker_num=4, telemetry=Telemetry.off())
-    return len(asyncio.run(Executor(build(graph), config=config).run([{"n": item} for item in range(items)])))
-
-
-def us_per_execution(run: Callable[[Graph, int], int], graph: Graph, items: int) -> float:
-    """Microseconds per execution of one run, start-up and building included."""
-    begun = time.perf_counter()
-    found = run(graph, items)
-    took = time.perf_counter() - begun
-    check(found, items)
-    return took / (items * len(graph)) * 1e6
-
-
-def measure(graph: Graph, items: int, repeats: int) -> dict[str, float]:
-    """Medians over `repeats` pairs: microseconds of obsdag and of the loop, and the ratio of neighbors."""
-    pairs = []
-    for _ in range(repeats):
-        ours = us_per_execution(run_obsdag, graph, items)
-        loop = us_per_execution(lambda g, n: asyncio.run(run_loop(g, n)), graph, items)
-        pairs.append((ours, loop))
-    return {
-        "obsdag_us": statistics.median(ours for ours, _ in pairs),
-        "loop_us": statistics.median(loop for _, loop in pairs),
-        "ratio": statistics.median(ours / loop for ours, loop in pairs),
-    }
+from tests.benchmarks import report
+from tests.benchmarks.cases import CASES
+from tests.benchmarks.children import CONTENDERS, ROOT, install
+from tests.benchmarks.measure import compare, warn
+from tests.benchmarks.workloads import WORKLOADS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--items", type=int, default=2000, help="contexts per run (2000)")
-    parser.add_argument("--repeats", type=int, default=9, help="pairs of runs (9)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
-    figures = {name: measure(graph, options.items, options.repeats) for name, graph in GRAPHS.items()}
-    if options.json:
-        json.dump({"python": platform.python_version(), **figures}, sys.stdout, indent=2)
+    options = _parser().parse_args(arguments)
+    if options.install is not None:
+        install(options.install)
         return 0
-    print(f"Python {platform.python_version()}, {options.items} items, medians of {options.repeats}; us per execution")
-    for name, row in figures.items():
-        print(f"{name}  obsdag {row['obsdag_us']:.2f}  loop {row['loop_us']:.2f}  ratio {row['ratio']:.2f}")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        warn("--plot needs matplotlib: pip install -r tests/benchmarks/requirements/plot.txt")
+        return 2
+    results = _measure(options)
+    print(report.text(results))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.readme:
+        report.write_readme(ROOT / "README.md", results)
+    if options.plot is not None:
+        from tests.benchmarks.plot import plot
+
+        plot(results, options.plot)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--install", type=Path, metavar="DIR", help="make the peers' environments in DIR, and end")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="where they are")
+    parser.add_argument("--contenders", type=_names(CONTENDERS), default=list(CONTENDERS), help="only these: a,b")
+    parser.add_argument("--workloads", type=_names(WORKLOADS), default=list(WORKLOADS), help="only these: W1,W2")
+    parser.add_argument("--cases", type=_names(CASES), default=list(CASES), help="only these, or none: w6_serve,...")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds (9); the cases run a third as often")
+    parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="of obsdag and the loop")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, run beside this one")
+    parser.add_argument("--quick", action="store_true", help="little work, to see that the program runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as SVG or PNG")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    return parser
+
+
+def _names(known: Any) -> Any:
+    def names(text: str) -> list[str]:
+        found = [] if text == "none" else text.split(",")
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return found
+
+    return names
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    repeats = 1 if options.quick else options.repeats
+    rows = compare(
+        options.contenders,
+        options.workloads,
+        repeats,
+        options.peers,
+        quick=options.quick,
+        loop=options.loop,
+        against=options.against,
+        say=warn,
+    )
+    cases = {name: _case(name, max(1, repeats // 3), options.quick) for name in options.cases}
+    environment = report.environment(options.peers, options.loop, repeats)
+    return {"environment": environment, "contenders": rows, "cases": cases}
+
+
+def _case(name: str, repeats: int, quick: bool) -> dict[str, float]:
+    """Medians of a case's figures over processes."""
+    warn(name)
+    command = [sys.executable, "-m", "tests.benchmarks.cases", name, *(["--quick"] if quick else [])]
+    runs = [
+        json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+        for _ in range(repeats)
+    ]
+    return {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
 
 
 if __name__ == "__main__":
