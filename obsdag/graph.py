@@ -192,7 +192,10 @@ class DAG:
 
     @property
     def service(self) -> KindDecorator:
-        """`@dag.task(kind="service")`: a function, plain or async, that answers a queue of (context, future) (T5)."""
+        """`@dag.task(kind="service")`: a function, plain or async, that answers a queue of (context, future) (T5).
+
+        At the end of the run it gets `(StopContext(), future)`, and is to return; see `obsdag.examples.batching`.
+        """
         return KindDecorator(self, "service")
 
     @classmethod

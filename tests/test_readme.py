@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -91,6 +92,9 @@ def test_commands_do_what_they_say(line: int, command: str, tmp_path: Path) -> N
         assert set((extras[1] or "dev").split(",")) <= set(known)
         return
     assert Path(words[0]).name == "obsdag", f"README.md:{line}: teach tests/test_readme.py how to check {command!r}"
+    from obsdag.examples.routing import PARCELS
+
+    (tmp_path / "parcels.jsonl").write_text("".join(f"{json.dumps(parcel)}\n" for parcel in PARCELS))
     done = _run(["-c", "import sys; from obsdag.cli import main; sys.exit(main())", *words[1:]], tmp_path)
     assert done.returncode == 0, f"README.md:{line}: {done.stderr}"
 

@@ -165,7 +165,7 @@ class Slow:
 
 
 class Watch(Observer):
-    """What the report wants to know of the run: failures by kind, retries, and the slowest contexts.
+    """What the report wants to know of the run: failures by kind, retries, where the time went, the slowest contexts.
 
     expected: failures that a tree of real files may cause, kind -> number. unexpected: all others, in words.
     """
@@ -180,6 +180,7 @@ class Watch(Observer):
         self.unexpected_total = 0
         self.retries: Counter[str] = Counter()
         self.slowest: list[Slow] = []
+        self.ledger: Counter[str] = Counter()
         self.sink: LineSink | None = None
 
     def run_started(self, run: RunState, now: float) -> None:
@@ -187,9 +188,10 @@ class Watch(Observer):
         self.run = run
 
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
-        """Keeps the slowest files; the context that is walked is no file."""
+        """Adds up where the time went, and keeps the slowest files; the context that is walked is no file."""
         if "path" not in context or self.run is None:
             return
+        self.ledger.update(context.ledger)
         took_s = sum(context.ledger.values())
         if len(self.slowest) == _SLOWEST and took_s <= self.slowest[0].took_s:
             return
@@ -332,5 +334,6 @@ class _Census:
                 name: {"runs_on": self.executor.dag.tasks[name].runs_on, **numbers}
                 for name, numbers in stats["tasks"].items()
             },
+            "ledger": {state: round(took_s, 6) for state, took_s in watch.ledger.items() if took_s > 0},
             "slowest": [slow.to_dict() for slow in sorted(watch.slowest, reverse=True)],
         }

@@ -18,6 +18,7 @@ _EXAMPLES = 8
 _INDENT = 2
 _NARROW = 6
 _WORTH_TELLING_S = 0.001
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,14 @@ class Part:
 
 
 def seconds(value: float) -> str:
-    """A duration for people: "1.24 s", "35 ms", "0.4 ms"."""
+    """A duration for people: "1.24 s", "35 ms", "0.4 ms", "27 us"."""
     if value >= 100:
         return f"{value:,.0f} s"
     if value >= 1:
         return f"{value:.2f} s"
-    return f"{value * 1000:.0f} ms" if value >= 0.01 else f"{value * 1000:.1f} ms"
+    if value >= 0.0001:
+        return f"{value * 1000:.0f} ms" if value >= 0.01 else f"{value * 1000:.1f} ms"
+    return f"{value * 1e6:.0f} us" if value else "0 s"
 
 
 def size(value: float) -> str:
@@ -62,6 +65,8 @@ def parts(facts: Mapping[str, Any], files: list[str]) -> Iterator[Part]:
         yield Part("Unexpected: these are bugs", (), rows, notes=notes, alarm=True)
     yield _found(facts["census"])
     yield _tasks(facts["tasks"])
+    if facts["ledger"]:
+        yield _ledger(facts["ledger"])
     if facts["slowest"]:
         yield _slowest(facts["slowest"])
     yield Part("Written", (), [(shown(file),) for file in files])
@@ -139,24 +144,53 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> Part:
         runs = numbers["executions"]
         mean = seconds(numbers["seconds"] / runs) if runs else ""
         share = numbers["seconds"] / whole
-        bar = "#" * round(share * 10)
-        rows.append((name, numbers["runs_on"], f"{runs:,}", seconds(numbers["seconds"]), mean, f"{share:.0%}", bar))
+        rows.append(
+            (name, numbers["runs_on"], f"{runs:,}", seconds(numbers["seconds"]), mean, f"{share:.0%}", _bar(share))
+        )
     columns = ("task", "where", "runs", "time", "mean", "share", "")
     return Part("Tasks by time (waiting for a thread or process included)", columns, rows, frozenset({2, 3, 4, 5}))
+
+
+_STATES = {
+    "running": "some task ran, in a thread or process too",
+    "pool_wait": "waited for a free thread or process",
+    "queued": "waited for a worker, or for its turn on it",
+    "limit_wait": "waited for one of the limits of its next task",
+    "retry_wait": "waited for the next attempt",
+}
+
+
+def _ledger(ledger: Mapping[str, float]) -> Part:
+    whole = sum(ledger.values()) or 1.0
+    rows = [
+        (state, _STATES.get(state, ""), seconds(value), f"{value / whole:.0%}", _bar(value / whole))
+        for state, value in sorted(ledger.items(), key=lambda item: -item[1])
+    ]
+    columns = ("state", "a file", "time", "share", "")
+    return Part("Where the time of all files went", columns, rows, frozenset({2, 3}))
+
+
+def _bar(share: float) -> str:
+    return "#" * round(share * 10)
 
 
 def _slowest(slowest: list[Mapping[str, Any]]) -> Part:
     rows = []
     for slow in slowest:
         ledger = sorted(slow["ledger"].items(), key=lambda item: -item[1])
-        where = ", ".join(f"{state} {seconds(value)}" for state, value in ledger if value >= _WORTH_TELLING_S)
+        where = ", ".join(_whole(f"{state} {seconds(value)}") for state, value in ledger if value >= _WORTH_TELLING_S)
         path = " > ".join(_step(step["task"], step["seconds"]) for step in slow["critical_path"])
         rows.append((slow["context"], seconds(slow["seconds"]), where, path))
     return Part("Slowest contexts", ("context", "took", "where the time went", "critical path"), rows, frozenset({1}))
 
 
 def _step(task: str, took_s: float) -> str:
-    return f"{task} {seconds(took_s)}" if took_s >= _WORTH_TELLING_S else task
+    return _whole(f"{task} {seconds(took_s)}") if took_s >= _WORTH_TELLING_S else task
+
+
+def _whole(text: str) -> str:
+    """The text as one word, for those who wrap; who prints it undoes it."""
+    return text.replace(" ", _NO_BREAK)
 
 
 # --- drawing
@@ -191,7 +225,7 @@ def _plain(part: Part, width: int) -> Iterator[str]:
         cells = [wrap(cell, size, break_on_hyphens=False) or [""] for cell, size in zip(row, widths, strict=True)]
         for line in zip_longest(*cells, fillvalue=""):
             sides = [
-                text.rjust(size) if i in part.numbers else text.ljust(size)
+                (text.rjust(size) if i in part.numbers else text.ljust(size)).replace(_NO_BREAK, " ")
                 for i, (text, size) in enumerate(zip(line, widths, strict=True))
             ]
             yield (" " * _INDENT + "  ".join(sides)).rstrip()
@@ -243,5 +277,5 @@ def _rich_table(part: Part) -> Any:
             title, justify="right" if is_number else "left", style=style, no_wrap=is_number, overflow="fold"
         )
     for row in part.rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(cell.replace(_NO_BREAK, " ")) for cell in row))
     return table

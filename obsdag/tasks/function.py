@@ -40,7 +40,7 @@ _CALL_KIND_NAMES: dict[CallKind, str] = {
 }
 NOTHING_COMES_BACK = (
     "every return of its function is None, which would drop every context: return the context, "
-    "or set pass_through=True if it only has effects (T4)"
+    "or set pass_through=True if it only has effects"
 )
 
 

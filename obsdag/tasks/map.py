@@ -21,9 +21,7 @@ class MapTask(FunctionTask):
     kind = "map"
     shape: ClassVar[Shape] = "map"
     accepts = ("asyncgen", "generator", "function", "coroutine")
-    nothing_comes_back = (
-        "every return of its function is None, so there are no children: return an iterable, or yield (T4)"
-    )
+    nothing_comes_back = "every return of its function is None, so there are no children: return an iterable, or yield"
 
     def __init__(
         self, func: Callable[..., Any], config: TaskConfig | None = None, name: str = "", **options: Any

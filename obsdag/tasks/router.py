@@ -19,7 +19,7 @@ class RouterTask(FunctionTask):
 
     shape: ClassVar[Shape] = "router"
     nothing_comes_back = (
-        "every return of its function is None, so it chooses nothing and drops every context: return task ids (T4)"
+        "every return of its function is None, so it chooses nothing and drops every context: return task ids"
     )
 
     def __init__(

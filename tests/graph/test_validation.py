@@ -256,7 +256,7 @@ def test_T4_the_hint_says_the_way_out() -> None:
     dag.task(name="a")(nothing)
     assert problems(dag) == [
         "task 'a': every return of its function is None, which would drop every context: return the context, or set "
-        "pass_through=True if it only has effects (T4)"
+        "pass_through=True if it only has effects"
     ]
 
 
