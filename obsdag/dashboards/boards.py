@@ -19,6 +19,7 @@ from obsdag.dashboards.panels import (
     ratio,
     selector,
     speed,
+    usually,
 )
 
 __all__ = ["BOARDS"]
@@ -44,7 +45,7 @@ def _age() -> Query:
     return Query(f"max by (engine, dag) (time() - {name}{own})", "{{engine}} {{dag}}", (name,))
 
 
-_UTILIZATION = ratio(speed("obsdag_worker_busy_seconds_total"), now("obsdag_workers"), "busy")
+_UTILIZATION = ratio(speed("obsdag_worker_busy_seconds_total"), usually("obsdag_workers"), "busy")
 _FAILURE_RATIO = ratio(_roots(_FAILED), _roots(), "failed or stalled")
 _ALERTS = 'ALERTS{alertname=~"Obsdag.+", engine=~"$engine|", dag=~"$dag|"}'
 

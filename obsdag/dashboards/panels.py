@@ -29,6 +29,7 @@ __all__ = [
     "ratio",
     "selector",
     "speed",
+    "usually",
 ]
 
 PROMETHEUS_UID: Final = "obsdag-prometheus"
@@ -126,6 +127,11 @@ def now(name: str, by: str = "", legend: str = "", tasks: bool = False, extra: s
 def speed(name: str, by: str = "", legend: str = "", tasks: bool = False, extra: str = "") -> Query:
     """A counter per second, summed by labels."""
     return Query(f"{_by(by)} (rate({name}{selector(name, tasks, extra)}{_WINDOW}))", legend or _legend(by), (name,))
+
+
+def usually(name: str, by: str = "") -> Query:
+    """A gauge's mean over the window, summed by labels: it may be 0 between two runs, while work is counted."""
+    return Query(f"{_by(by)} (avg_over_time({name}{selector(name)}{_WINDOW}))", _legend(by), (name,))
 
 
 def ratio(above: Query, below: Query, legend: str) -> Query:

@@ -81,7 +81,8 @@ RECORDINGS: Final = (
     ),
     Recording(
         "obsdag:workers_busy:ratio5m",
-        f"sum by ({_RUN}) (rate(obsdag_worker_busy_seconds_total[5m]))\n/ sum by ({_RUN}) (obsdag_workers)",
+        f"sum by ({_RUN}) (rate(obsdag_worker_busy_seconds_total[5m]))"
+        f"\n/ sum by ({_RUN}) (avg_over_time(obsdag_workers[5m]))",
     ),
     Recording(
         "obsdag:task_attempts_failed:ratio5m",
@@ -103,6 +104,7 @@ RECORDINGS: Final = (
 )
 
 _DROPPED: Final = 'obsdag_gc_destroyed_total{reason=~"discarded|emptied"}'
+_AT_WORK: Final = 'obsdag_contexts{state!~"frozen|lent|source_wait"}'
 _OF_TASK: Final = "job, engine, dag, task"
 
 ALERTS: Final = (
@@ -127,7 +129,8 @@ ALERTS: Final = (
     Alert(
         "ObsdagNoProgress",
         (
-            Condition(f'sum by ({_RUN}) (obsdag_contexts{{state!~"frozen|lent|source_wait"}})', "> 0"),
+            Condition(f"sum by ({_RUN}) ({_AT_WORK})", "> 0"),
+            Condition(f"sum by ({_RUN}) ({_AT_WORK} offset 10m)", "> 0"),
             Condition(f"sum by ({_RUN}) (increase(obsdag_contexts_finished_total[10m]))", "== 0"),
             Condition(f"sum by ({_RUN}) (increase(obsdag_task_executions_total[10m]))", "== 0"),
         ),
