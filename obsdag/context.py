@@ -466,7 +466,7 @@ class OutputContext(Context):
         """Shows another context: the same data, tree and progress, without being in a run itself."""
         self.runtime = context.runtime
         self.name = context.name
-        self._id = context._id if type(context._id) is str else context.id
+        self._id = context._id
         self._data = context._data
         self._parent = context._parent
         self._children = context._children

@@ -56,7 +56,8 @@ class Worker:
         the worker.
         """
         shell, run, clock = self.shell, self.shell.run, self.shell.clock
-        begin, direct, facts, number, width = run.begin, shell.direct, run.facts, self.number, shell.width
+        begin, advance, direct, facts = run.begin, run.finish_and_begin, shell.direct, run.facts
+        number, width = self.number, shell.width
         handle = asyncio.current_task()
         assert handle is not None
         now = clock()
@@ -97,8 +98,9 @@ class Worker:
                             shell.finish(execution, result)
                         elif now > shell.turn_end:
                             run.finish(execution, result, now)
-                        else:
-                            following = run.finish_and_begin(execution, now)
+                        elif (following := advance(execution, now)) is not None:
+                            execution = following  # and so nothing was queued or left to do
+                            continue
                         if run.dirty:
                             shell.pump()
                 if shell.free and run.queue.size:

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
 
-__all__ = ["RunBase", "more_of"]
+__all__ = ["RunBase", "Step", "more_of"]
+
+Step = tuple[int, int, int, tuple[tuple[int, int], ...]]
+"""A task's bit; the index of the only task below it, if nothing but this one is above that, else 0 (the source's); the
+mask of the tasks below that wait for nothing else; of the others below, the bit and the mask of what they wait for.
+"""
 
 _RUNNING, _POOL_WAIT, _QUEUED = State.RUNNING.value, State.POOL_WAIT.value, State.QUEUED.value
 _FROZEN, _DISCARDED, _LENT = State.FROZEN.value, State.DISCARDED.value, State.LENT.value
@@ -72,6 +77,7 @@ class RunBase:
         self.first_entered: float | None = None
         self.facts = Facts()
         self.recording = self.keeping = False
+        self.unseen = True
         self.queue = ContextQueue()
         self.timers = TimerHeap()
         self.rooms: list[LoopContext] = []  # pulls that wait for room, in order (E16)
@@ -123,14 +129,12 @@ class RunBase:
         self.bypass = config.enable_context_bypass
         self.max_live = config.max_live_contexts
         self.debug = config.debug
-        self.straight = plan.rank is None  # the order among ready tasks is that of their bits
+        self.tasks, self.bits = plan.tasks, plan.bit
         # Per task, what is right below it: (its bit, the mask of all that it waits for).
         self.below = [tuple((plan.bit[i], plan.up[i]) for i in below) for below in plan.down_list]
-        # The bit of the one task below, where nothing but that task follows and it is neither sink nor join; else 0.
-        self.next_bit = [
-            0 if below < 0 or below == plan.sink or plan.joins & plan.bit[below] else plan.bit[below]
-            for below in plan.follow
-        ]
+        self.entry_done, self.entry_ready = plan.bit[plan.source], plan.down[plan.source]
+        self.sink_bit = plan.bit[plan.sink]
+        self.steps = [self._step(index) for index in range(len(plan.tasks))]
 
     # --- set-up
 
@@ -139,6 +143,21 @@ class RunBase:
         self.facts = facts
         self.keeping = facts.needs_slack
         self.recording = facts.needs_records or facts.needs_slack
+        # Nobody looks at single executions, so one object may serve for one after the other.
+        told = facts.execution_started or facts.execution_finished
+        self.unseen = told is None and not self.recording
+
+    def _step(self, index: int) -> Step | None:
+        """What `finish_and_begin` needs to know of a task; None where it must not take the short way."""
+        plan, below = self.plan, self.plan.down_list[index]
+        if self.debug or plan.rank is not None or self.limits[index]:
+            return None
+        if any(plan.joins & plan.bit[other] or self.limits[other] for other in below):
+            return None
+        frees = sum(plan.bit[other] for other in below if len(plan.up_list[other]) == 1)
+        rest = tuple((plan.bit[other], plan.up[other]) for other in below if len(plan.up_list[other]) > 1)
+        follow = max(plan.follow[index], 0)
+        return plan.bit[index], 0 if follow == plan.sink else follow, frees, rest
 
     def _limits_by_task(self) -> list[tuple[Limit, ...]]:
         """The task's own limiters, and one of this run for `parallel_num` or for a stream (one at a time, T5)."""

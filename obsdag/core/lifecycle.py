@@ -38,7 +38,7 @@ class Lifecycle(RunBase):
         Raises ContextError if the context is in a run already or has ended.
         """
         self._check_new(context)
-        self._enter(context, "input", self.plan.bit[self.plan.source], self.plan.down[self.plan.source], now)
+        self._enter(context, "input", self.entry_done, self.entry_ready, now)
 
     def accept_visited(self, context: Context, worker: int, now: float) -> bool:
         """`accept` and `take` in one, for a worker that pulls an input because the lanes are empty (E4).
@@ -47,7 +47,7 @@ class Lifecycle(RunBase):
         """
         self._check_new(context)
         context._place = VISITED
-        self._enter(context, "input", self.plan.bit[self.plan.source], self.plan.down[self.plan.source], now)
+        self._enter(context, "input", self.entry_done, self.entry_ready, now)
         if context._place != VISITED:
             return False
         if self.facts.visit_started is not None:

@@ -117,48 +117,102 @@ class RunState(Sources):
         if self._work or self._touched or self._grants or self.debug:
             self._settle_all(now)
 
-    def finish_and_begin(self, execution: Execution, now: float) -> Execution | None:
+    def finish_and_begin(self, execution: Execution, now: float) -> Execution | None:  # noqa: C901 - the hot path, written out
         """`finish` with the execution's own context, and `begin` for the same runner, in one call where that is easy.
 
-        None: nothing was begun, ask `begin`. The two calls one after the other take 0.3 us more of about 1.5
-        (tests/benchmarks).
+        None: nothing was begun, ask `begin`. Written out, since it is most of what the engine does: by calls of
+        `_end_execution`, `_complete` and `begin` a step takes twice as long (tests/benchmarks, W1). Where nobody looks
+        at executions, the next one is the same object again.
         """
-        context = execution.context
-        more = context._more
-        if (
-            not (more is None or more.plain)
-            or context._outcome is not None
-            or execution.grant is not None
-            or self.debug
-        ):
+        context, index = execution.context, execution.index
+        step = self.steps[index]
+        if step is None or context._more is not None or context._outcome is not None or self._freezes:
             self.finish(execution, context, now)
             return None
-        self._finish_own(execution, context, now)
-        if self._work or self._touched or self._grants:
-            self._settle_all(now)
-            return None
+        bit, follow, frees, rest = step
+        running = context._running = context._running ^ bit
+        self.task_executions[index] += 1
+        self.task_seconds[index] += now - execution.started
+        if not self.unseen:
+            execution.ended, execution.outcome = now, "success"
+            if self.keeping:
+                self._keep_record(execution)
+            if self.facts.execution_finished is not None:
+                self.facts.execution_finished(execution, "success", None, now)
+        done = context._done = context._done | bit
         ready = context._ready
-        if ready and self.straight and more is None and not self._freezes:
+        if follow and not (ready or running or frees & done):  # a straight stretch: nothing to search for
+            index, low = follow, frees
+            context._maker = execution
+        else:
+            for below, waits_for in rest:
+                if waits_for & done == waits_for:
+                    frees |= below
+            if frees & self.sink_bit:
+                self._reach_sink(execution, context, now)
+                return None
+            if frees:
+                ready = self._free(execution, frees & ~(done | running | ready), now)
+            if not ready:
+                context._executions.remove(execution)  # type: ignore[union-attr]
+                self.active -= 1
+                return None
             low = ready & -ready
             index = low.bit_length() - 1
-            if not self.limits[index]:
-                context._ready = ready ^ low
-                following = Execution(context, self.plan.tasks[index], index, 1, now, execution.worker)
-                if self.recording:
-                    following.released_by = context._maker
-                    if context._waits is not None:
-                        following.waits, context._waits = context._waits, None
-                context._running |= low
-                self.active += 1
-                self.task_started[index] += 1
-                context._executions.append(following)  # type: ignore[union-attr]
-                return following
-        return None
+            if self.limits[index]:
+                context._executions.remove(execution)  # type: ignore[union-attr]
+                self.active -= 1
+                return None
+            context._ready = ready ^ low
+        context._running = running | low
+        self.task_started[index] += 1
+        if self.unseen:
+            execution.index, execution.task, execution.started = index, self.tasks[index], now
+            return execution
+        return self._follow_up(execution, index, now)
+
+    def _reach_sink(self, execution: Execution, context: Context, now: float) -> None:
+        context._executions.remove(execution)  # type: ignore[union-attr]
+        self.active -= 1
+        self.cause = execution
+        self._output(context, now)
+        if self._work or self._touched:
+            self._settle_all(now)
+
+    def _free(self, execution: Execution, frees: int, now: float) -> int:
+        """Makes plain tasks ready that waited for this execution; returns all that are."""
+        context = execution.context
+        if self.recording and context._ready:
+            self.cause = execution
+            self._release(context, frees, now)
+        else:
+            context._maker = execution
+            context._ready |= frees
+        return context._ready
+
+    def _follow_up(self, execution: Execution, index: int, now: float) -> Execution:
+        """The execution that takes the place of one that has ended."""
+        context = execution.context
+        following = Execution(context, self.tasks[index], index, 1, now, execution.worker)
+        if self.recording:
+            if context._more is not None:
+                self._record(following)
+            else:
+                following.released_by = context._maker
+                if context._waits is not None:
+                    following.waits, context._waits = context._waits, None
+        executions: Any = context._executions
+        if len(executions) == 1:
+            executions[0] = following
+        else:
+            executions.remove(execution)
+            executions.append(following)
+        return following
 
     def _finish_own(self, execution: Execution, context: Context, now: float) -> None:
         """The common case written out, since it is most of what the engine does: `_end_execution`, `_complete`."""
         index = execution.index
-        bit = self.plan.bit[index]
+        bit = self.bits[index]
         execution.ended = now
         execution.outcome = "success"
         context._running ^= bit
@@ -170,14 +224,9 @@ class RunState(Sources):
             self._keep_record(execution)
         if self.facts.execution_finished is not None:
             self.facts.execution_finished(execution, "success", None, now)
-        done = context._done = context._done | bit
-        following = self.next_bit[index]
-        if following and not context._parked and not context._ready:
-            context._maker = execution
-            context._ready |= following & ~(done | context._running)
-        else:
-            self.cause = execution
-            self._release_below(context, index, now)
+        context._done |= bit
+        self.cause = execution
+        self._release_below(context, index, now)
 
     def finish_routed(self, execution: Execution, chosen: int, now: float) -> None:
         """A router chose the downstream tasks in the mask `chosen`; what is only below the others is skipped (T9)."""
@@ -248,15 +297,16 @@ class RunState(Sources):
     def _take_returned(self, execution: Execution, returned: list[Context], now: float) -> None:  # noqa: C901 - the whole of T1, T3, C5
         """T1, T3, C5: completes, enters, hands back; then decides what becomes of the execution's own context."""
         context, index = execution.context, execution.index
-        own = lent = made = handed = False
+        own = context in returned
+        lent = made = handed = False
         for item in returned:
             if item is context:
-                own = True
-            elif item._run is self:
+                continue
+            if item._run is self:
                 handed |= self._complete_other(item, execution, now)
                 made = True
             elif item._outcome is None and not self._orphaned(item):
-                is_child = item._parent is context and context._outcome is None and context not in returned
+                is_child = item._parent is context and context._outcome is None and not own
                 if is_child:
                     self._join_lend(item, self._lend(context, index, now))
                 lent |= is_child
