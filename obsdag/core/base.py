@@ -127,6 +127,7 @@ class RunBase:
         self.limiter_names = self._limiter_names()
         self.gc = config.enable_context_gc
         self.bypass = config.enable_context_bypass
+        self.context_deadline = config.context_deadline
         self.max_live = config.max_live_contexts
         self.debug = config.debug
         self.tasks, self.bits = plan.tasks, plan.bit

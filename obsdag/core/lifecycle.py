@@ -45,7 +45,8 @@ class Lifecycle(RunBase):
 
         False if the context was accepted and cannot be driven yet: it is frozen.
         """
-        self._check_new(context)
+        if context._run is not None or context._outcome is not None:
+            self._check_new(context)
         context._place = VISITED
         self._enter(context, "input", self.entry_done, self.entry_ready, now)
         if context._place != VISITED:
@@ -120,8 +121,8 @@ class Lifecycle(RunBase):
             holder._holds += 1
         else:
             context._ledger = _NO_TIME.copy()
-            if self.config.context_deadline is not None:
-                self.set_deadline(context, now + self.config.context_deadline)
+            if self.context_deadline is not None:
+                self.set_deadline(context, now + self.context_deadline)
         if self.facts.context_entered is not None:
             self.facts.context_entered(context, kind, context._maker, now)
         if visited:
@@ -254,6 +255,8 @@ class Lifecycle(RunBase):
             del self._freezes[context]
         if context._running:
             self._cancel_executions(context)
+        else:
+            context._executions = None  # one object less that the outputs of a run keep alive
         self._leave_state(context, context._state, now)
         if context._more is not None:
             self._close_more(context, outcome, now)
