@@ -80,7 +80,7 @@ class Worker:
                 if context._ready and (not width or self.runners < width):
                     self.runners += 1
                     shell.spawn(self._work(context), None)
-                call, following = direct[execution.index], None
+                call = direct[execution.index]
                 if call is None:
                     await shell.execute(execution)
                     now = clock()
@@ -105,28 +105,31 @@ class Worker:
                             shell.pump()
                 if shell.free and run.queue.size:
                     shell.wake_worker()
-                if following is None and context._ready:
+                execution = None
+                if context._ready:
                     if now > shell.turn_end:
                         await shell.let_others_run()
                         now = clock()
-                    following = begin(context, now, number)
-                execution = following
+                    execution = begin(context, now, number)
             self.runners -= 1
             if self.runners:
                 return  # another runner of this visit ends last and goes on as the worker
-            self.context = None
-            if type(context) is LoopContext:
-                run.leave_pull(context.pull, number, now - self.since, now)
-            else:
-                run.leave(context, number, now - self.since, now)
-            if run.dirty:
-                shell.pump()
+            self._end_visit(context, now)
             context = None
             if contextvars.copy_context() != self.base:
                 self.start()  # a task left a context variable set: the next visit starts clean (E17)
                 return
             if now > shell.turn_end:
                 await shell.let_others_run()
+
+    def _end_visit(self, context: Context, now: float) -> None:
+        self.context = None
+        if type(context) is LoopContext:
+            self.shell.run.leave_pull(context.pull, self.number, now - self.since, now)
+        else:
+            self.shell.run.leave(context, self.number, now - self.since, now)
+        if self.shell.run.dirty:
+            self.shell.pump()
 
 
 class WorkerLocalProxy:

@@ -1,11 +1,12 @@
 """RunState: what the shell asks and tells (ARCHITECTURE, "Rooms"). Read this file to know how a context is scheduled.
 
-    accept(context)              an input enters: its first tasks are ready, it is in the new lane take() -> context or
-    pull    the one whose turn it is gets a worker begin(context) -> execution  its next ready task starts, if limits
-    allow finish / fail / cancelled    how the execution ended; what is ready below, what entered, what ended
-    leave(context)               the worker has nothing more to do for it: back to the queue, or to whatever it waits
-    for next_wake / wake             timers, permits, the end of waiting for frozen contexts stop / close
-    the run is ended early / is over
+    accept(context)           an input enters: its first tasks are ready, it is in the new lane
+    take() -> context, pull   the one whose turn it is gets a worker
+    begin(context)            its next ready task starts, if limits allow
+    finish, fail, cancelled   how the execution ended; what is ready below, what entered, what ended
+    leave(context)            the worker has nothing more to do for it: it is queued again, or waits for something
+    next_wake, wake           timers, permits, the end of waiting for frozen contexts
+    stop, close               the run is ended early; it is over
 
 All are plain calls on the run's thread with the time handed in. A transition changes contexts, tells the observers,
 and leaves what the shell must do in `cancels`, `closed_pulls` and `closings`.
@@ -13,8 +14,8 @@ and leaves what the shell must do in `cancels`, `closed_pulls` and `closings`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from obsdag.context import Context, LoopContext, OutputContext, RateLimitContext, StopContext
 from obsdag.core.base import _DISCARDED, _RUNNING, more_of
@@ -24,9 +25,6 @@ from obsdag.core.records import CriticalStep, Execution
 from obsdag.core.sources import Sources
 from obsdag.errors import ExecutionTimeout, TaskError
 from obsdag.plan import indices
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["RunState"]
 
