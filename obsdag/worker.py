@@ -50,11 +50,7 @@ class Worker:
         self.shell.spawn(self._work(None), self.base.copy())
 
     async def _work(self, context: Context | None) -> None:  # noqa: C901 - the hot loop: calls cost more than lines
-        """Visits one context after the other until there is nothing to do.
-
-        With a context: a further runner of the visit to it. Of the runners of a visit, the last one to end goes on as
-        the worker.
-        """
+        """Visits one context after the other until there is nothing to do; first, as a further runner, `context`."""
         shell, run, clock = self.shell, self.shell.run, self.shell.clock
         begin, advance, direct, facts = run.begin, run.finish_and_begin, shell.direct, run.facts
         number, width = self.number, shell.width
