@@ -6,7 +6,6 @@ that every run works from. What a run changes belongs to the run (T10).
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -62,7 +61,7 @@ class DAG:
     def __init__(self, name: str = "dag") -> None:
         if not isinstance(name, str) or not name:
             raise GraphError(f"a DAG's name must be a non-empty text, not {name!r}")
-        self.name = name
+        self._name = name
         self.in_task: Task = SourceNode()
         self.out_task: Task = SinkNode()
         self._tasks: dict[str, Task] = {}
@@ -77,6 +76,16 @@ class DAG:
     def __repr__(self) -> str:
         state = "built" if self._plan else "not built"
         return f"<DAG {self.name!r}: {len(self._tasks)} tasks, {state}>"
+
+    @property
+    def name(self) -> str:
+        """Its name, on metrics, traces and lines; fixed when it is built (G2)."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._refuse_if_built(f"name it {name!r}")
+        self._name = name
 
     @property
     def tasks(self) -> Mapping[str, Task]:
@@ -416,12 +425,13 @@ class DAG:
         for i, task in enumerate(tasks):
             task.upstream_tasks.update(tasks[above] for above in plan.up_list[i])
             task.downstream_tasks.update(tasks[below] for below in plan.down_list[i])
+            task._built = True
         return plan
 
 
 def _copy_named(task: Task, task_id: str) -> Task:
     # not the kind's own for_run: a shutdown task's object is copied for a run, not for an inclusion
-    mine = FunctionTask.for_run(task) if isinstance(task, FunctionTask) else copy.copy(task)
+    mine = FunctionTask.for_run(task) if isinstance(task, FunctionTask) else task.free_copy()
     mine.id = task_id
     mine.upstream_tasks, mine.downstream_tasks = set(), set()
     return mine

@@ -12,9 +12,9 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from obsdag.errors import ConfigError
+from obsdag.errors import ConfigError, GraphError
 from obsdag.tasks.retry import RetryInterval, RetryOn, RetryStrategy
 
 if TYPE_CHECKING:
@@ -116,8 +116,11 @@ class Task:
     """A node of the graph: `id` (its name), `config`, `upstream_tasks`, `downstream_tasks` (SEMANTICS section 1).
 
     Raises ConfigError if `config` is no TaskConfig and TypeError if `func` cannot be called. What else is wrong with
-    the function is found when the DAG is built (`problems`), so that all mistakes are told at once (G3).
+    the function is found when the DAG is built (`problems`), so that all mistakes are told at once (G3). From then on
+    id, function and config are fixed (G2): setting one raises GraphError. A run's own copy is free.
     """
+
+    _built = False
 
     kind: ClassVar[str] = "task"
     runs_on: ClassVar[RunsOn] = "loop"
@@ -141,13 +144,27 @@ class Task:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id!r}>"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._built and name in _FIXED:
+            raise GraphError(f"task {self.id!r} is part of a built DAG, which does not change: `{name}` cannot be set")
+        super().__setattr__(name, value)
+
+    def free_copy(self) -> Self:
+        """A copy that may be changed, whatever this one is part of."""
+        mine = copy.copy(self)
+        mine.__dict__.pop("_built", None)
+        return mine
+
     def problems(self) -> Iterable[str]:
         """What is wrong with the definition, each a sentence without the task's name; told by `DAG.build` (G3)."""
         return ()
 
     def for_run(self) -> Task:
         """A copy whose own attributes a run may change (T10): `startup` and `shutdown` are called on the copy."""
-        return copy.copy(self)
+        return self.free_copy()
+
+
+_FIXED = frozenset({"id", "func", "config", "upstream_tasks", "downstream_tasks"})
 
 
 def _check_count(name: str, value: Any) -> None:

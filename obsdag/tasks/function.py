@@ -79,7 +79,7 @@ class FunctionTask(Task):
 
     def for_run(self) -> Task:
         """A copy whose own attributes a run may change (T10); a function that is a method of the task goes with it."""
-        mine = copy.copy(self)
+        mine = self.free_copy()
         if isinstance(self.func, MethodType) and self.func.__self__ is self:
             mine.func = self.func.__func__.__get__(mine)
         return mine

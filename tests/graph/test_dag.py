@@ -249,6 +249,25 @@ def test_G2_changing_a_built_dag_is_an_error() -> None:
         dag.tasks["late"] = SyncFunctionTask(plain)  # type: ignore[index]
 
 
+def test_G2_the_tasks_and_the_name_of_a_built_dag_are_fixed() -> None:
+    dag = DAG("first")
+    task = dag.task(plain, name="a")
+    task.id, dag.name = "b", "second"  # not built yet
+    task.id = "a"
+    dag.build()
+
+    for name, value in {"id": "c", "func": plain, "config": TaskConfig(timeout=1)}.items():
+        with pytest.raises(GraphError, match=f"'a' is part of a built DAG.*`{name}` cannot be set"):
+            setattr(task, name, value)
+    with pytest.raises(GraphError, match="cannot be changed any more"):
+        dag.name = "third"
+    with pytest.raises(AttributeError):
+        task.config.timeout = 1.0  # type: ignore[misc]
+    mine = task.for_run()
+    mine.id = "d"
+    assert (task.id, dag.name, dag.plan and dag.plan.tasks[1].id) == ("a", "second", "a")
+
+
 def test_G2_a_failed_build_can_be_mended() -> None:
     dag = DAG()
     dag.task(name="b", after="a")(plain)
