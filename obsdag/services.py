@@ -82,6 +82,7 @@ class Inbox(asyncio.Queue[Any]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.taken = False  # whether anything was ever taken from it
         self.closed = False
         self.exhausted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -91,11 +92,17 @@ class Inbox(asyncio.Queue[Any]):
             self.exhausted.set_result(None)
         return await super().get()
 
+    def _get(self) -> Any:
+        self.taken = True
+        return super()._get()
+
 
 class ThreadInbox(queue.Queue[Any]):
     """The queue of a thread service. When it is closed, `get` gives what is left and then ends the thread by
     SystemExit.
     """
+
+    taken = False
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """The next `(context, future)`. Raises queue.Empty as usual, SystemExit when the service is to end."""
@@ -104,6 +111,10 @@ class ThreadInbox(queue.Queue[Any]):
             self.put(_CLOSED)
             raise SystemExit("the service is stopped")
         return item
+
+    def _get(self) -> Any:
+        self.taken = True
+        return super()._get()
 
 
 class ServiceRunner:
@@ -203,7 +214,10 @@ class ServiceRunner:
             return  # the loop is closed: nobody waits for the service any more
 
     def _died(self, body: asyncio.Future[Any]) -> None:
-        """The service ended: what it had taken fails, what it had not goes to the next one (T14)."""
+        """The service ended: what it had taken fails, what it had not goes to the next one (T14).
+
+        One that took nothing at all fails what waited for it: the next one would most likely do the same, for ever.
+        """
         if self.body is not body:
             return
         self.body = None
@@ -213,7 +227,7 @@ class ServiceRunner:
         tell = self.shell.run.facts.task_restarted
         if tell is not None:
             tell(self.task, "thread" if self.threaded else "service", error)
-        untouched = self._untouched()
+        untouched = self._untouched() if self.inbox.taken else {}
         for answer in [answer for answer in self.waiting if answer not in untouched]:
             failure = ServiceError(
                 f"service {self.task.id!r} ended before it answered{f': {error!r}' if error else ''}"

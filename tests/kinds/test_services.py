@@ -187,6 +187,33 @@ async def one_by_one(number: int) -> Any:
         await asyncio.sleep(0.02)
 
 
+@pytest.mark.parametrize("kind", ["service", "thread"])
+@pytest.mark.parametrize("way", ["raises", "returns"])
+@pytest.mark.parametrize("workers", [1, 4, 64])
+async def test_T14_a_service_that_never_gets_going_fails_what_waits_for_it(kind: str, way: str, workers: int) -> None:
+    dag, starts = DAG(), []
+
+    def start() -> None:
+        starts.append(1)
+        if way == "raises":
+            raise ConnectionError("no database")
+
+    async def serve(queue: Any) -> None:
+        start()
+
+    def serve_in_thread(queue: Any) -> None:
+        start()
+
+    dag.task(serve if kind == "service" else serve_in_thread, kind=kind, name="serve", retry_times=1)
+    result = await Engine(workers).run(dag, [{} for _ in range(9)])
+    assert_counts(result, failed=9)
+    for failure in result.failures:
+        assert failure.attempts == 2
+        assert "service 'serve' ended before it answered" in str(failure.exception)
+        assert isinstance(failure.exception.__cause__, ConnectionError | ServiceError) == (way == "raises")
+    assert len(starts) <= 2 * 9
+
+
 async def test_T14_contexts_lost_in_a_dead_service_are_retried_in_the_new_one() -> None:
     dag = DAG()
     starts: list[int] = []
