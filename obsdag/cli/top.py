@@ -23,7 +23,7 @@ from obsdag.cli.common import OK, CliError, one_line, shown
 
 __all__ = ["add_command"]
 
-_TOKEN: Final = "OBSDAG_OPS_TOKEN"  # the name of the variable
+_TOKEN: Final = "OPS_TOKEN"  # the name of the variable
 _MOST_BYTES: Final = 64_000_000
 _SORTS: Final = ("activity", "failed", "p95", "name")
 

@@ -100,14 +100,14 @@ def test_mistakes_are_told_with_the_way_out(tmp_path: Path) -> None:
             url: command("top", "--once", *options, url, folder=tmp_path, **env)
             for url, options, env in (
                 (ops.url, [], {}),
-                (ops.url + "/", [], {"OBSDAG_OPS_TOKEN": "wrong-token"}),
+                (ops.url + "/", [], {"OPS_TOKEN": "wrong-token"}),
                 (ops.url.replace("127.0.0.1", "127.0.0.2"), [], {}),
                 ("ftp://127.0.0.1", [], {}),
                 ("http://127.0.0.1:notaport", [], {}),
                 (empty.url, [], {}),
                 (elsewhere, [], {}),
-                (ops.url + "//", ["--dag", "nothing"], {"OBSDAG_OPS_TOKEN": TOKEN}),
-                (ops.url + "///", ["-n", "0"], {"OBSDAG_OPS_TOKEN": TOKEN}),
+                (ops.url + "//", ["--dag", "nothing"], {"OPS_TOKEN": TOKEN}),
+                (ops.url + "///", ["-n", "0"], {"OPS_TOKEN": TOKEN}),
             )
         }
     closed = command("top", "--once", ops.url, folder=tmp_path)
@@ -118,7 +118,7 @@ def test_mistakes_are_told_with_the_way_out(tmp_path: Path) -> None:
     for message, expected in zip(
         messages,
         (
-            "answers 401: the right token is needed: set OBSDAG_OPS_TOKEN",
+            "answers 401: the right token is needed: set OPS_TOKEN",
             "answers 401",
             "does not answer",
             "is no http or https URL",
@@ -136,7 +136,7 @@ def test_mistakes_are_told_with_the_way_out(tmp_path: Path) -> None:
 
 def test_the_token_comes_from_the_environment(tmp_path: Path) -> None:
     with start_ops_server(service(one_task(goes_on)), port=0, token=TOKEN) as ops:
-        done = command("top", "--once", "-n", "0.1", ops.url, folder=tmp_path, OBSDAG_OPS_TOKEN=TOKEN)
+        done = command("top", "--once", "-n", "0.1", ops.url, folder=tmp_path, OPS_TOKEN=TOKEN)
 
     assert done.returncode == 0
     assert done.stdout.startswith("ops / orders  stopped")
