@@ -7,6 +7,7 @@ ids, states, times and counts are.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import Counter
@@ -268,8 +269,9 @@ def _waiting(living: Living) -> Counter[str]:
     found: Counter[str] = Counter()
     for shell, contexts in living:
         for context in contexts:
-            if context._outcome is None and not context._running and context._state not in _ELSEWHERE:
-                found[shell.run._waiting_at(context)] += 1
+            with contextlib.suppress(AttributeError):  # it is only being made
+                if context._outcome is None and not context._running and context._state not in _ELSEWHERE:
+                    found[shell.run._waiting_at(context)] += 1
     return found
 
 
@@ -286,7 +288,7 @@ def _slowest(living: Living) -> list[dict[str, Any]]:
                     "context": context.id,
                     "age_s": now - context._entered,
                     "state": _state_name(context),
-                    "tasks": _tasks_of(run, context),
+                    "tasks": _tasks_of(run, context) or [""],
                     "ledger": ledger,
                     "trace_id": trace_id_of(context),
                 }
@@ -299,9 +301,12 @@ def _state_name(context: Context) -> str:
 
 
 def _tasks_of(run: RunState, context: Context) -> list[str]:
-    """What it runs, else the task it waits at."""
-    names = [execution.task.id for execution in tuple(context._executions or ())]
-    return names[:8] or [run._waiting_at(context)]
+    """What it runs, else the task it waits at; nothing of one that is only being made."""
+    try:
+        names = [execution.task.id for execution in tuple(context._executions or ())]
+        return names[:8] or [run._waiting_at(context)]
+    except AttributeError:  # the run's thread is between making it and letting it in
+        return []
 
 
 def _joins(living: Living) -> list[dict[str, Any]]:
