@@ -160,11 +160,11 @@ class Reader:
         sample = Sample(time.monotonic(), executions, seconds, self._histograms(shells), counts["entered"], ended_total)
         before = self._rates.add(sample)
         waiting = _waiting(living)
-        tasks = self._plan.tasks
+        tasks, bounds = self._plan.tasks, _bounds(shells)
         rows = []
         for n, i in enumerate(inner):
             name = tasks[i].id
-            rate, mean, p95 = _latency(n, sample, before, self._bounds(shells))
+            rate, mean, p95 = _latency(n, sample, before, bounds)
             rows.append(
                 [running[n], waiting[name], executions[n], watch.failed[name], watch.retried[name], rate, mean, p95]
             )
@@ -177,15 +177,22 @@ class Reader:
         }
 
     def _histograms(self, shells: list[RunShell]) -> list[list[float]] | None:
-        """The rows of the metrics' histograms by task, if there are metrics."""
+        """The rows of the metrics' histograms by task, if there are metrics; empty for tasks that share one."""
         tallies = _tallies(shells)
         if not tallies:
             return None
-        return [[sum(parts) for parts in zip(*(t._rows[i] for t in tallies), strict=True)] for i in self._inner]
+        sharing = Counter(map(id, tallies[0]._rows))
+        return [
+            []
+            if sharing[id(tallies[0]._rows[i])] > 1
+            else [sum(parts) for parts in zip(*(t._rows[i] for t in tallies), strict=True)]
+            for i in self._inner
+        ]
 
-    def _bounds(self, shells: list[RunShell]) -> tuple[float, ...]:
-        tallies = _tallies(shells)
-        return tallies[0]._buckets.bounds if tallies else ()
+
+def _bounds(shells: list[RunShell]) -> tuple[float, ...]:
+    tallies = _tallies(shells)
+    return tallies[0]._buckets.bounds if tallies else ()
 
 
 def _parts(unreadable: list[str], shells: list[RunShell], living: Living) -> dict[str, Any]:
