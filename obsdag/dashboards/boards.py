@@ -200,7 +200,7 @@ _OVERVIEW = Board(
                     kind="timeline",
                     unit="short",
                     width=24,
-                    trouble="deadlock",
+                    warn_at=1,
                     text=(
                         "Alerts of obsdag's rules, pending and firing.\n\n**Bad:** any that fires: look it up by"
                         " its name in"
@@ -335,6 +335,9 @@ _CONTEXTS = Board(
     ),
 )
 
+_IN_PHASE = now("obsdag_phase", "engine, dag, phase")
+_PHASE = Query(f"{_IN_PHASE.expr} > 0", _IN_PHASE.legend, _IN_PHASE.metrics)
+
 _ENGINE = Board(
     "engine",
     "obsdag: engine",
@@ -343,7 +346,7 @@ _ENGINE = Board(
         Row(
             "Serving",
             (
-                panel("Phase", now("obsdag_phase", "engine, dag, phase"), kind="timeline", width=6, unit="none"),
+                panel("Phase", _PHASE, kind="timeline", width=6, unit="none"),
                 panel("Pending submissions", now("obsdag_pending_contexts", "engine, dag"), width=6),
                 panel("Time of submissions", *quantiles("obsdag_submit_seconds"), width=6),
                 panel(
@@ -392,7 +395,7 @@ _ENGINE = Board(
                 panel("Waiting for a thread or process", now("obsdag_pool_queued", "pool"), width=5),
                 panel("Workers that died", speed("obsdag_pool_broken_total", "pool"), width=5),
                 panel("Threads that do not come back", now("obsdag_threads_abandoned", "pool"), width=5, warn_at=1),
-                panel("Made anew", speed("obsdag_restarts_total", "task, kind"), width=4, trouble="restart"),
+                panel("Made anew", speed("obsdag_restarts_total", "task, kind"), width=4),
             ),
         ),
         Row(

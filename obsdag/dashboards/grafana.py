@@ -130,11 +130,14 @@ def _target(query: Query, name: str, panel: Panel) -> Any:
 def _series(panel: Panel) -> Any:
     legend = common.VizLegendOptions().show_legend(True).placement(common_models.LegendPlacement.BOTTOM)
     legend = legend.display_mode(common_models.LegendDisplayMode.LIST)
-    builder = timeseries.Panel().min(0).legend(legend).fill_opacity(10)
+    builder = timeseries.Panel().axis_soft_min(0).legend(legend).fill_opacity(10)
     builder = builder.tooltip(common.VizTooltipOptions().mode(common_models.TooltipDisplayMode.MULTI))
     if panel.kind == "stack":
         mode = common.StackingConfig().mode(common_models.StackingMode.NORMAL).group("A")
         builder = builder.stacking(mode).fill_opacity(40)
+    if panel.warn_at is not None:
+        line = common.GraphThresholdsStyleConfig().mode(common_models.GraphThresholdsStyleMode.LINE)
+        builder = builder.thresholds_style(line)
     if panel.kind == "bars":
         builder = builder.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(60)
     return builder

@@ -54,7 +54,7 @@ class Query:
 class Panel:
     """One panel. unit: Grafana's id. width: of 24 columns. traces: whether its series lead to a search for traces.
 
-    trouble: the trouble (of the demo service) without which it has nothing to show.
+    warn_at: where values begin to be bad.
     """
 
     title: str
@@ -64,7 +64,6 @@ class Panel:
     kind: Kind = "lines"
     width: int = 8
     traces: bool = False
-    trouble: str = ""
     maximum: float | None = None
     warn_at: float | None = None
 
@@ -176,7 +175,6 @@ def panel(
     text: str = "",
     width: int = 8,
     traces: bool = False,
-    trouble: str = "",
     maximum: float | None = None,
     warn_at: float | None = None,
 ) -> Panel:
@@ -186,7 +184,7 @@ def panel(
         spec = metric(name)
         text = f"{spec.help}\n\n**Bad:** {spec.bad}"
     own_unit = unit or metric(name).panel_unit
-    return Panel(title, text, own_unit, tuple(queries), kind, width, traces, trouble, maximum, warn_at)
+    return Panel(title, text, own_unit, tuple(queries), kind, width, traces, maximum, warn_at)
 
 
 def described(*names: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -11,6 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import promql_parser
 import pytest
 import yaml
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 from obsdag.dashboards import folder
 from obsdag.dashboards.boards import BOARDS
@@ -19,6 +22,10 @@ from obsdag.dashboards.panels import JAEGER_UID, PROMETHEUS_UID
 from obsdag.telemetry.catalogue import METRICS, metric
 from tests.dashboards.queries import BOARDS as NAMES
 from tests.dashboards.queries import FOREIGN, NAME, Target, board, metrics_in, panels, substituted, targets
+
+with warnings.catch_warnings():  # as in obsdag.dashboards.grafana
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from grafana_foundation_sdk.models import dashboard
 
 FOLDER = folder()
 VARIABLES = ("datasource", "job", "instance", "engine", "dag")
@@ -53,6 +60,16 @@ def test_each_dashboard_can_be_provisioned_and_found(name: str) -> None:
         *VARIABLES,
         *(["task"] if name == "tasks" else []),
     ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2")
+def test_nothing_is_in_them_that_grafanas_own_types_do_not_know(name: str) -> None:
+    plugins.register_default_plugins()  # panels and queries of each kind
+
+    read = dashboard.Dashboard.from_json(board(name))
+
+    assert json.loads(json.dumps(read, cls=JSONEncoder)) == board(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

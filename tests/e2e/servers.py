@@ -62,11 +62,8 @@ def missing(*programs: str) -> str:
         "prometheus-alertmanager": "prometheus-alertmanager",
     }
     absent = [each for each in programs if shutil.which(each) is None]
-    return (
-        f"{', '.join(absent)} not found: apt-get install {' '.join(packages[each] for each in absent)}"
-        if absent
-        else ""
-    )
+    wanted = sorted({packages[each] for each in absent})
+    return f"{', '.join(absent)} not found: apt-get install {' '.join(wanted)}" if absent else ""
 
 
 def jaeger_binary() -> str | None:
