@@ -25,7 +25,7 @@ from obsdag.context import Context, LoopContext
 from obsdag.core.observer import Facts
 from obsdag.core.records import Execution, current_execution
 from obsdag.core.state import RunState
-from obsdag.errors import ExecutionTimeout
+from obsdag.errors import ExecutionTimeout, InternalError
 from obsdag.inputs import as_context
 from obsdag.mailbox import Mailbox, clean_copy, clock_of
 from obsdag.runners import Runners
@@ -169,6 +169,15 @@ class RunShell(Mailbox):
             return
         run.rest(self.clock())
         self.rearm()
+        if not run.moving():
+            self._check_sums()
+
+    def _check_sums(self) -> None:
+        """A count that is wrong would have the run wait for ever: it ends by the error instead (C9)."""
+        try:
+            self.run.check()
+        except InternalError as error:
+            self.end_early("error", error)
 
     def kick(self) -> None:
         """Wakes a worker if there is anything to drive; else looks whether the run is done."""
