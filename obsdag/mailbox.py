@@ -103,9 +103,8 @@ def clean_copy() -> contextvars.Context:
     from opentelemetry import trace
 
     copy = contextvars.copy_context()
-    span = copy.run(trace.get_current_span)
-    if span is not trace.INVALID_SPAN:
-        copy.run(lambda: otel_context.attach(trace.set_span_in_context(trace.INVALID_SPAN)))
+    # Even where there is none: tracing puts it back at the end of a visit, and a visit has to end as it began.
+    copy.run(lambda: otel_context.attach(trace.set_span_in_context(trace.INVALID_SPAN)))
     copy.run(current_execution.set, None)
     return copy
 

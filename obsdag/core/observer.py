@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from obsdag.core.state import RunState
     from obsdag.tasks.base import Task
 
-__all__ = ["FACTS", "Facts", "Observer"]
+__all__ = ["FACTS", "Facts", "Observer", "without"]
 
 
 class Observer:
@@ -219,6 +219,26 @@ class Facts:
 
 def _overrides(observer: Observer, fact: str) -> bool:
     return getattr(type(observer), fact, None) not in (None, getattr(Observer, fact))
+
+
+def without(observer: Observer, *facts: str) -> Observer:
+    """An observer that is told what `observer` would be told, but for `facts`, which somebody else tells it of."""
+    kind: Any = type(observer)
+    view: Observer = _view_class(kind, facts)()
+    for fact in FACTS:
+        if _overrides(view, fact):
+            setattr(view, fact, getattr(observer, fact))
+    return view
+
+
+@cache
+def _view_class(kind: Any, left_out: tuple[str, ...]) -> Any:
+    def stand_in(self: Observer, *arguments: Any) -> None:
+        raise NotImplementedError  # each view has the observer's own method instead
+
+    told = [fact for fact in FACTS if fact not in left_out and getattr(kind, fact) is not getattr(Observer, fact)]
+    needs = {"needs_records": kind.needs_records, "needs_slack": kind.needs_slack}
+    return type(f"{kind.__name__}View", (Observer,), {**dict.fromkeys(told, stand_in), **needs})
 
 
 @cache

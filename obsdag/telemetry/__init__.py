@@ -138,8 +138,12 @@ class Telemetry:
         from obsdag.telemetry import current
 
         found: list[Observer] = current.observers()
-        found += self.tracing.observers(run, engine=self.engine, stats=self.stats, redact=self._redact)
-        found.append(self.metrics.observer(run))
+        tracers = self.tracing.observers(run, engine=self.engine, stats=self.stats, redact=self._redact)
+        counting: Observer = self.metrics.observer(run)
+        for tracer in tracers:
+            if (count_into := getattr(tracer, "count_into", None)) is not None:
+                counting = count_into(counting)
+        found += [*tracers, counting]
         if self._logs is not None:
             found.append(self._logs.observer(run))
         found += self._further

@@ -1,47 +1,44 @@
-"""Making an execution the current span, and taking back what was current, in as little time as can be (TELEMETRY 3).
+"""The OpenTelemetry context of an execution, and making it the current one in as little time as can be (TELEMETRY 3).
 
-Attach and detach stand in one frame and its contextvars. Executions of a visit replace one another; only the first
-one's token is kept, and used when the visit ends (SEMANTICS E17).
+Executions of a visit replace one another, and the end of the visit puts back what workers start with (SEMANTICS E17).
+Nothing is attached and detached by token: whoever sets does so in a frame of the engine's own, in contextvars that end
+with it. A token made, kept and given back costs 0.25 us, setting 0.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry.context import Context as OtelContext
-from opentelemetry.trace import INVALID_SPAN, Span, set_span_in_context
+from opentelemetry.trace import INVALID_SPAN, set_span_in_context
 
-__all__ = ["SPAN_KEY", "TraceContext", "clear_current", "make_current"]
+__all__ = ["SPAN_KEY", "OwnContext", "current", "make_current"]
 
 SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, OtelContext())))
 """The key of the current span in an OpenTelemetry context, asked for once."""
 
 
-class TraceContext(OtelContext):
-    """The OpenTelemetry context of an execution: what its base holds (baggage), and the span.
+class OwnContext(OtelContext):
+    """A span that is its own OpenTelemetry context: one object per execution instead of two, which saves 0.2 us.
 
-    The span is a field and not an entry of the dict, which costs 0.2 us less per execution; to every reader it looks
-    like an entry. token: takes back what was current when the visit began.
+    To every reader the span looks like an entry of the dict, whose real ones (baggage) are those of its base.
     """
 
-    __slots__ = ("span", "token")
-
-    span: Any
-    token: Any
+    __slots__ = ()
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The span, or what the base has under `key`."""
-        return self.span if key == SPAN_KEY else super().get(key, default)
+        return self if key == SPAN_KEY else super().get(key, default)
 
     def copy(self) -> dict[str, Any]:
         """All entries, as the API asks for before it sets one."""
-        return {**dict(dict.items(self)), SPAN_KEY: self.span}
+        return {**dict(dict.items(self)), SPAN_KEY: self}
 
     def __getitem__(self, key: Any) -> Any:
-        return self.span if key == SPAN_KEY else super().__getitem__(key)
+        return self if key == SPAN_KEY else super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
         return key == SPAN_KEY or super().__contains__(key)
@@ -50,12 +47,22 @@ class TraceContext(OtelContext):
         return iter(self.copy())
 
     def __len__(self) -> int:
-        return len(self.copy())
+        return super().__len__() + 1
+
+    def __bool__(self) -> bool:
+        return True
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, dict) and self.copy() == dict(other))
+        return self is other  # as a span; two executions never have the same context
 
-    __hash__ = None  # type: ignore[assignment]  # as of any dict
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none, a span needs one
+        return id(self) >> 4
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {id(self):#x}>"
 
     def keys(self) -> Any:
         """Of all entries, as values and items."""
@@ -70,38 +77,15 @@ class TraceContext(OtelContext):
         return self.copy().items()
 
 
+def _nothing(default: Any) -> Any:
+    return otel_context.get_current()
+
+
 _variable: Any = getattr(getattr(otel_context, "_RUNTIME_CONTEXT", None), "_current_context", None)
 if not isinstance(_variable, ContextVar):  # pragma: no cover - another runtime context was installed by an entry point
     _variable = None
 
-
-def make_current(span: Span, base: OtelContext | None = None) -> None:
-    """Makes a span current, in the place of one of ours that still is.
-
-    Taking back what was current is left to `clear_current`, once per visit: a reset costs 0.2 us, a set 0.06.
-    """
-    context = TraceContext() if base is None else TraceContext(base)
-    context.span = span
-    if _variable is None:
-        context.token = otel_context.attach(context)
-        return
-    before = _variable.get(None)
-    if type(before) is TraceContext:
-        context.token = before.token
-        _variable.set(context)
-    else:
-        context.token = _variable.set(context)
-
-
-def clear_current() -> None:
-    """Takes back what was current before ours; not in a frame that copied ours from another, and ends anyway."""
-    current = otel_context.get_current()
-    if type(current) is not TraceContext:
-        return
-    if _variable is None:
-        otel_context.detach(current.token)
-        return
-    try:  # noqa: SIM105 - suppress costs 0.3 us
-        _variable.reset(current.token)
-    except (ValueError, RuntimeError):
-        pass
+make_current: Final[Callable[[OtelContext], object]] = otel_context.attach if _variable is None else _variable.set
+"""Makes an OpenTelemetry context the current one of this frame's contextvars."""
+current: Final[Callable[[Any], Any]] = _nothing if _variable is None else _variable.get
+"""The current OpenTelemetry context: `current(None)`."""

@@ -286,6 +286,12 @@ EVENTS: Final = (
         ("label", "cap", "first"),
     ),
     EventSpec(
+        "telemetry.multiprocess_ignored",
+        "warning",
+        "PROMETHEUS_MULTIPROC_DIR is set, and each process shows its own metrics on a port of its own; said once",
+        ("advice",),
+    ),
+    EventSpec(
         "telemetry.collect_failed",
         "warning",
         "a part of a scrape failed and was left out",
@@ -389,6 +395,15 @@ def events_table() -> str:
     return _table(("event", "level", "meaning", "keys beside `engine`, `dag`"), rows)
 
 
+_HEAD: Final = """# What obsdag tells
+
+Made from the code by `python -m obsdag.telemetry.catalogue > dashboards/TELEMETRY.md`. Every name is public, and
+changing one is a breaking change. Metrics: E, its buckets have exemplars of kept traces; S, it is read when somebody
+scrapes.
+
+"""
+
+
 def reference() -> str:
     """The whole catalogue as Markdown, for the documentation."""
     parts = (
@@ -397,7 +412,7 @@ def reference() -> str:
         ("Attributes", attributes_table()),
         ("Log events", events_table()),
     )
-    return "\n\n".join(f"## {title}\n\n{table}" for title, table in parts) + "\n"
+    return _HEAD + "\n\n".join(f"## {title}\n\n{table}" for title, table in parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ log. There are no `_created` samples. Names, help and labels come from the catal
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -50,6 +51,7 @@ _KINDS: Final[dict[str, Callable[[MetricSpec], Metric]]] = {
     "info": lambda spec: InfoMetricFamily(spec.family, spec.help, labels=COMMON_LABELS),
 }
 
+_MULTIPROCESS: Final = "a port per process: start_ops_server(port=0, file_sd=folder) tells Prometheus of each"
 _ATTRIBUTE: Final = "_obsdag_collector"
 _finding = threading.Lock()
 
@@ -124,11 +126,12 @@ class Engine:
 
     def _labels(self, dag: str) -> Labels:
         def say(event: str, **keys: object) -> None:
-            self._say(event, engine=self.name, dag=dag, **keys)
+            self.say(event, engine=self.name, dag=dag, **keys)
 
         return Labels(self.options.low, self.options.max_tasks, self.options.max_errors, say)
 
-    def _say(self, event: str, **keys: object) -> None:
+    def say(self, event: str, **keys: object) -> None:
+        """Says a warning, through a telemetry while it lives."""
         say = self._said_by() or say_line
         say(event, **keys)
 
@@ -171,7 +174,7 @@ class Engine:
         key = part, type(error).__name__
         if key not in self._said:
             self._said.add(key)
-            self._say("telemetry.collect_failed", engine=self.name, dag=ALL_DAGS, part=part, error=repr(error))
+            self.say("telemetry.collect_failed", engine=self.name, dag=ALL_DAGS, part=part, error=repr(error))
 
     def _add_stats(self, totals: Totals, dag: str) -> None:
         self._fold_gone()
@@ -240,6 +243,7 @@ class Collector:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engines: dict[str, Engine] = {}
+        self._said_multiprocess = False
 
     def engine(self, name: str, options: EngineOptions, version: str, say: Say | None) -> Engine:
         """The engine of that name; raises ConfigError if it reports already with other options."""
@@ -253,7 +257,14 @@ class Collector:
                     f"engine {name!r} reports to this registry already, with other buckets, cardinality or caps: "
                     f"use the same, or another engine name or registry"
                 )
-            return engine
+        self._look_for_multiprocess(engine)
+        return engine
+
+    def _look_for_multiprocess(self, engine: Engine) -> None:
+        # prometheus_client's multiprocess mode collects from files that only its own metric classes write.
+        if os.environ.get("PROMETHEUS_MULTIPROC_DIR") and not self._said_multiprocess:
+            self._said_multiprocess = True
+            engine.say("telemetry.multiprocess_ignored", engine=engine.name, dag=ALL_DAGS, advice=_MULTIPROCESS)
 
     def describe(self) -> Iterable[Metric]:
         """All families, without samples: what the registry checks names by."""

@@ -243,7 +243,7 @@ def otlp_exporter(endpoint: str | None, protocol: str | None) -> SpanExporter:
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 
             return GrpcExporter(endpoint=endpoint)
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+        from obsdag.telemetry.http_exporter import HttpExporter
 
         return HttpExporter(endpoint=None if endpoint is None else _signal_url(endpoint))
     except ImportError as error:

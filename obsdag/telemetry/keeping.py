@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanContext
 from obsdag.core.observer import Observer
 from obsdag.core.states import STATES
 from obsdag.telemetry.materialize import ErrorTexts
-from obsdag.telemetry.records import ContextTrace, RootTrace, new_span_id, new_trace_id, taken
+from obsdag.telemetry.records import RootTrace, new_span_id, new_trace_id, taken
 from obsdag.telemetry.sampling import ratio_bound
 
 if TYPE_CHECKING:
@@ -89,13 +89,15 @@ class Keeper(Observer):
         self._slow_s = float(slow_after) if isinstance(slow_after, int | float) else None
         self._quantile = pipeline.quantile_of(self.dag) if slow_after == "p99" else None
         self._slow_tasks = _slow_tasks(run.plan.tasks)
-        self._hot = self._slow_tasks is not None or bool(run.plan.loops | run.plan.maps)
-        self._odd = False
+        self._hot = self._slow_tasks is not None or bool(run.plan.loops | run.plan.maps | run.plan.joins)
+        self._odd = self._flagged = False
         self._base: OtelContext = OtelContext()
+        self._outside: OtelContext = self._base
         self.run_parent: SpanContext | None = None
         self._started = 0.0
         self._hunts = self._slow_s is not None or self._quantile is not None
         self._dropped = 0
+        self._over: Context | None = None  # the latest whose trace was dropped: other observers may still ask for ids
         self._kept_any = False
         self._pulls: dict[int, RootTrace] = {}
 
@@ -286,9 +288,9 @@ class Keeper(Observer):
         now = self.now()
         for context in list(self.run.contexts):
             trace = context._trace
-            if type(trace) is not ContextTrace or not trace.top:
+            if type(trace) is not RootTrace:
                 continue
-            root = trace.root
+            root = trace
             if now - root.entered <= limit_s:
                 if root.more is None or not root.more.pull:
                     break  # they stand in the order in which they entered

@@ -160,6 +160,8 @@ class LiveTracer(Observer):
                 live.is_tail = True
                 root.open += 1
         root.open -= 1
+        if own.top and root.open:  # what it made outlives it, and its span covers that too
+            root.span.add_event("outcome", {"obsdag.context.outcome": outcome}, self._ns(now))
         own.latest, own.arrived = {}, {}
         self._close(root, now)
 

@@ -302,7 +302,7 @@ def build_marker(
     seen.
     """
     part = _part_at(root, now)
-    attributes = _base(tracer, ContextTrace(root, root.raw_id, None, True))
+    attributes = _base(tracer, root)
     attributes["obsdag.open.tasks"] = running
     attributes["obsdag.open.state"] = state
     return ReadableSpan(
@@ -390,7 +390,7 @@ def _context_links(tracer: DeferredTracer, root: RootTrace, parts: list[Part], n
 
 def _context_attributes(tracer: DeferredTracer, root: RootTrace, number: int) -> dict[str, Any]:
     more = root.rare()
-    attributes = _base(tracer, ContextTrace(root, root.raw_id, None, True))
+    attributes = _base(tracer, root)
     attributes["obsdag.context.outcome"] = more.outcome
     if more.parent_id:
         attributes["obsdag.context.parent_id"] = more.parent_id

@@ -185,6 +185,7 @@ class Pipeline:
     def _run_flushes(self) -> None:
         while self._flushes:
             flush = self._flushes.popleft()
+            self._export_due(all_of_it=True)  # what was kept before this was asked for, maybe during the one before
             results = [self._flush_one(processor, flush) for processor in self.processors]
             flush.done(all(results))
 
@@ -266,9 +267,9 @@ class Pipeline:
             self._stats.spend("traces", time.thread_time() - began)
         return worked
 
-    def _export_due(self) -> bool:
+    def _export_due(self, all_of_it: bool = False) -> bool:
         now, worked = time.monotonic(), False
-        while self._waiting and (self._flushes or not self._tracers or self._waiting[0][0] <= now):
+        while self._waiting and (all_of_it or self._flushes or not self._tracers or self._waiting[0][0] <= now):
             self._ready.append(self._waiting.popleft()[1])
         while self._calls:
             call = self._calls.popleft()

@@ -34,6 +34,8 @@ from opentelemetry.trace import (
     TraceState,
 )
 
+from obsdag.telemetry.attach import OwnContext
+
 if TYPE_CHECKING:
     from obsdag.core.records import Execution
     from obsdag.telemetry.carrier import Caller
@@ -52,6 +54,7 @@ __all__ = [
     "new_span_id",
     "new_trace_id",
     "record_of",
+    "span_in",
     "taken",
     "trace_ids",
 ]
@@ -185,8 +188,24 @@ class RootMore:
         self.latest: dict[tuple[int, int], tuple[ExecutionSpan, str]] = {}
 
 
-class RootTrace:
-    """One trace to be decided on: a root context and all that descends from it.
+class ContextTrace:
+    """What tracing knows of one context: its root's trace, the span that made it (None for a root).
+
+    last: its latest ended span, while it lives. top: this is the context that `context {dag}` is about.
+    """
+
+    last: ExecutionSpan | None = None
+    maker: ExecutionSpan | None
+    top = False
+
+    def __init__(self, root: RootTrace, raw_id: str | int, maker: ExecutionSpan | None) -> None:
+        self.root = root
+        self.raw_id = raw_id
+        self.maker = maker
+
+
+class RootTrace(ContextTrace):
+    """One trace to be decided on: a root context and all that descends from it. It is its root's own `ContextTrace`.
 
     tracer: the run's observer. raw_id: `Context._id` of its context. trace_id, span_id: of the trace it writes to now
     and of its `context` span. left: executions until `max_spans_per_trace`. open: living contexts, and executions that
@@ -199,6 +218,9 @@ class RootTrace:
     hot = odd = False
     decision: str | None = None
     more: RootMore | None = None
+    top = True
+    maker = None
+    _span_id = 0
 
     def __init__(self, tracer: Any, raw_id: str | int, entered: float, left: int) -> None:
         self.tracer = tracer
@@ -206,8 +228,25 @@ class RootTrace:
         self.entered = entered
         self.left = left
         self.trace_id = _bits(128) or 1
-        self.span_id = _bits(64) or 1
         self.records: list[Any] = []
+
+    @property
+    def root(self) -> RootTrace:  # type: ignore[override]  # an attribute would be a circle
+        """Itself."""
+        return self
+
+    @property
+    def span_id(self) -> int:
+        """Of its `context` span, made when somebody first asks."""
+        if not self._span_id:
+            with details_lock:
+                if not self._span_id:
+                    self._span_id = _bits(64) or 1
+        return self._span_id
+
+    @span_id.setter
+    def span_id(self, span_id: int) -> None:
+        self._span_id = span_id
 
     def rare(self) -> RootMore:
         """Its rare parts, made now if it has none yet; from any thread."""
@@ -237,35 +276,21 @@ class RootTrace:
         return self.first
 
 
-class ContextTrace:
-    """What tracing knows of one context: its root's trace, the span that made it (None for a root).
-
-    last: its latest ended span, while it lives. top: this is the context that `context {dag}` is about.
-    """
-
-    last: ExecutionSpan | None = None
-
-    def __init__(self, root: RootTrace, raw_id: str | int, maker: ExecutionSpan | None, top: bool) -> None:
-        self.root = root
-        self.raw_id = raw_id
-        self.maker = maker
-        self.top = top
-
-
-class ExecutionSpan(Span):
+class ExecutionSpan(OwnContext, Span):
     """The current span while a task runs: ids at once, everything else only if somebody asks or the trace is kept.
 
-    trace_id, id: its own. trace: of its context. ended: calls change nothing more.
+    trace_id, id: its own. trace: of its context. ended: calls change nothing more. Made by `span_in`, which the hot
+    path writes out: an `__init__` would cost 0.1 us.
     """
+
+    __slots__ = ("ended", "trace", "trace_id")
 
     # Class attributes, and the id only when somebody asks: most spans are thrown away without (0.05 us).
     details: Details | None = None
-    ended = False
     _id = 0
-
-    def __init__(self, trace: ContextTrace, trace_id: int) -> None:
-        self.trace = trace
-        self.trace_id = trace_id
+    trace: ContextTrace
+    trace_id: int
+    ended: bool
 
     @property
     def id(self) -> int:
@@ -360,6 +385,13 @@ class ExecutionSpan(Span):
         if not self.trace.root.tracer.charge(self.trace.root, 1 + size_bytes // UNIT_BYTES):
             return None
         return self.detail()
+
+
+def span_in(trace: ContextTrace, trace_id: int, base: OtelContext | None = None) -> ExecutionSpan:
+    """The span of an execution that begins; base: what else is in its OpenTelemetry context, baggage."""
+    span = ExecutionSpan() if base is None else ExecutionSpan(base)
+    span.trace, span.trace_id, span.ended = trace, trace_id, False
+    return span
 
 
 def record_of(execution: Execution, error: BaseException | None) -> tuple[Any, ...]:

@@ -16,10 +16,11 @@ from bisect import bisect_left
 from collections.abc import Callable
 from operator import add
 from time import perf_counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from obsdag.core.observer import Observer
-from obsdag.core.states import ENTRY_KINDS, EXECUTION_OUTCOMES, GC_REASONS, LANES, OUTCOMES, STATES
+from obsdag.core.states import ENTRY_KINDS, EXECUTION_OUTCOMES, GC_REASONS, LANES, OUTCOMES, STATES, State
 from obsdag.telemetry.histogram import Buckets, Row
 from obsdag.telemetry.specs import (
     NO_TASK,
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE_EVERY", "MetricsObserver", "TaskSlots"]
 
 SAMPLE_EVERY: Final = 61
-"""One in so many hot facts is timed; a prime, so that no regular pattern of facts always shows the same one."""
+"""One in so many visits and ends of contexts is timed; a prime, so that no pattern always shows the same one."""
 
+_RUNNING: Final = State.RUNNING.value
+_NOBODYS: Final[Any] = SimpleNamespace(index=-1, started=0.0, ended=0.0)
 _BAD_OUTCOMES: Final = tuple(outcome for outcome in EXECUTION_OUTCOMES if outcome != "success")
 
 
@@ -107,13 +110,15 @@ class MetricsObserver(Observer):
         self._labels = labels
         self._buckets = buckets
         self._left = SAMPLE_EVERY
-        self._timed_s = 0.0
+        self._timed_s = self._executions_s = 0.0
+        self._timed = 0
         self._init_run_lists()
         # hot
         self._search = buckets.search
-        self._first = buckets.bounds[0]
+        self.first_s = buckets.bounds[0]
         self._slot_rows = [buckets.row() for _ in range(count)]
-        self._rows = [self._slot_rows[slot] for slot in slots.of_index]  # tasks beyond the cap share one
+        # Tasks beyond the cap share one; the last is that of nobody, see `_time_executions`.
+        self.rows = [*(self._slot_rows[slot] for slot in slots.of_index), buckets.row()]
         self._queue_rows = [buckets.row() for _ in LANES]
         self._busy_s = 0.0
         self._since: dict[int, float] = {}  # worker (-1: a user's own) -> start of the visit that goes on, else -1
@@ -155,7 +160,7 @@ class MetricsObserver(Observer):
         self._since = dict.fromkeys(range(-1, run.config.context_worker_num), -1.0)
         self.started = False
         self.phase = ""
-        self._submitted = self._never_entered = 0
+        self._submitted = self._never_entered = self._timed = 0
         for name in getattr(run, "limiter_names", {}).values():
             self._limit(name)
 
@@ -184,6 +189,7 @@ class MetricsObserver(Observer):
     def run_finished(self, run: RunState, outcome: str, duration_s: float, now: float) -> None:
         """Counts the outcome and gives itself back."""
         _count(self._runs, outcome)
+        self._time_executions()
         if self.run is not None and self.run() is run:
             self._book.release(self)
 
@@ -198,17 +204,25 @@ class MetricsObserver(Observer):
         started = perf_counter()
         fact(*arguments)
         self._timed_s += perf_counter() - started
+        self._time_executions()
+
+    def _time_executions(self) -> None:
+        """What counting the executions since the last time has cost, by the time that it takes to count one of nobody.
+
+        They are too many to be counted for the purpose: that would be a fifth of what is done about one.
+        """
+        run = self.run() if self.run is not None else None
+        if run is not None and (ended := sum(run.task_executions)) > self._timed:
+            started = perf_counter()
+            self.execution_finished(_NOBODYS, "success", None, 0.0)
+            self._executions_s += (perf_counter() - started) * (ended - self._timed)
+            self._timed = ended
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Counts the attempt by task and outcome, and its time. What succeeded is what stands in the row itself."""
-        left = self._left - 1
-        if not left:
-            self._time(self.execution_finished, execution, outcome, error, now)
-            return
-        self._left = left
         took = execution.ended - execution.started
-        row = self._rows[execution.index] if outcome == "success" else self._bad_row(execution.index, outcome)
-        if took <= self._first:  # saves a third where tasks are quick, which is where it shows
+        row = self.rows[execution.index] if outcome == "success" else self._bad_row(execution.index, outcome)
+        if took <= self.first_s:  # saves a third where tasks are quick, which is where it shows
             row[1] += 1
         else:
             row[bisect_left(self._search, took)] += 1
@@ -232,7 +246,7 @@ class MetricsObserver(Observer):
         self._left = left
         self._since[worker] = now
         row = self._queue_rows[lane]
-        if waited_s <= self._first:
+        if waited_s <= self.first_s:
             row[1] += 1
         else:
             row[bisect_left(self._search, waited_s)] += 1
@@ -263,17 +277,24 @@ class MetricsObserver(Observer):
         row = self._root_rows[outcome]
         row[bisect_left(self._search, took)] += 1
         row[0] += took
+        self._ledger_s[_RUNNING] += ledger[_RUNNING]
+        if ledger[_RUNNING] != took:  # else it was never anywhere else
+            self._count_waits(ledger)
+        self._count_critical(context)
+
+    def _count_waits(self, ledger: list[float]) -> None:
         into = self._ledger_s
         for state, seconds in enumerate(ledger):
-            if seconds:
+            if seconds and state != _RUNNING:
                 into[state] += seconds
-        self._count_critical(context)
 
     def _count_critical(self, root: Context) -> None:
         # The chain that `run.critical_path` marks, without its slack, which takes a sort and an object per execution.
         # It ends: an execution is released by one that was there before it.
         execution, seconds, slots = root._maker, self._critical_s, self.slots.of_index
-        while execution is not None and (execution.context is root or _descends(execution.context, root)):
+        while execution is not None:
+            if execution.context is not root and not _descends(execution.context, root):
+                return
             if execution.outcome is not None:
                 seconds[slots[execution.index]] += execution.ended - execution.started
             execution = execution.released_by
@@ -426,7 +447,7 @@ class MetricsObserver(Observer):
                 totals.add(metric, (value,), count)
         for signal, count in self._lost.items():
             totals.add("obsdag_telemetry_dropped_total", (signal, "observer_failed"), count)
-        totals.add("obsdag_telemetry_seconds_total", (self.signal,), self._timed_s * SAMPLE_EVERY)
+        totals.add("obsdag_telemetry_seconds_total", (self.signal,), self._timed_s * SAMPLE_EVERY + self._executions_s)
         totals.add("obsdag_worker_busy_seconds_total", (), self._busy_s)
         totals.add("obsdag_bypassed_tasks_total", (), self._bypassed)
         totals.add("obsdag_deadlocks_total", (), self._deadlocks)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.trace import StatusCode
 
 from obsdag.core.observer import FACTS, Observer
 
@@ -172,6 +173,7 @@ class CollectedSpans(SpanProcessor):
         (charge,) = spans.named("execute charge")
         assert charge.attributes["obsdag.attempt"] == 1
         assert spans.parent_of(charge).name == "context shop"
+        assert "execute charge success" in spans.outline()
     """
 
     def __init__(self) -> None:
@@ -191,6 +193,25 @@ class CollectedSpans(SpanProcessor):
         """The spans of one trace."""
         return [span for span in self.spans if span.context.trace_id == trace_id]
 
+    def outline(self) -> str:
+        """All traces as indented lines, in order of start: name, outcome, attempt if it is not the first, error, and
+        `critical` where obsdag marked it.
+        """
+        with self._lock:
+            spans = sorted(self.spans, key=lambda span: (span.start_time or 0, -(span.end_time or 0)))
+        known = {span.context.span_id for span in spans if span.context is not None}
+        below: dict[int, list[ReadableSpan]] = {}
+        for span in spans:
+            parent = span.parent.span_id if span.parent is not None and span.parent.span_id in known else 0
+            below.setdefault(parent, []).append(span)
+        lines, pending = [], [(span, 0) for span in reversed(below.get(0, []))]
+        while pending:
+            span, depth = pending.pop()
+            lines.append("  " * depth + " ".join(_words(span)))
+            inside = below.get(span.context.span_id, []) if span.context is not None else []
+            pending += [(child, depth + 1) for child in reversed(inside)]
+        return "\n".join(lines)
+
     def clear(self) -> None:
         """Forgets all spans."""
         with self._lock:
@@ -200,3 +221,17 @@ class CollectedSpans(SpanProcessor):
         """Keeps `span`."""
         with self._lock:
             self.spans.append(span)
+
+
+def _words(span: ReadableSpan) -> Iterator[str]:
+    attributes = span.attributes or {}
+    yield span.name
+    for key in ("obsdag.execution.outcome", "obsdag.context.outcome", "obsdag.run.outcome"):
+        if key in attributes:
+            yield str(attributes[key])
+    if attributes.get("obsdag.attempt", 1) != 1:
+        yield "attempt=" + str(attributes["obsdag.attempt"])
+    if span.status.status_code is StatusCode.ERROR:
+        yield "error=" + str(attributes.get("error.type", "?"))
+    if attributes.get("obsdag.critical"):
+        yield "critical"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +136,12 @@ def test_spans_carry_declared_attributes_and_links() -> None:
     for span in SPANS:
         assert set(span.attributes) <= keys
         assert set(span.links) <= set(links)
+
+
+def test_the_documentation_is_the_catalogue() -> None:
+    written = (Path(__file__).parents[2] / "dashboards" / "TELEMETRY.md").read_text(encoding="utf-8")
+
+    assert written == catalogue.reference(), "run: python -m obsdag.telemetry.catalogue > dashboards/TELEMETRY.md"
 
 
 def test_what_does_not_exist_is_a_key_error() -> None:

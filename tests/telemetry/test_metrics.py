@@ -489,6 +489,17 @@ def test_warnings_are_said_by_the_telemetry_while_it_lives_and_by_the_logger_aft
     ]
 
 
+def test_a_directory_for_multiprocess_mode_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
+    registry = CollectorRegistry()
+    with capture_logs() as lines:
+        for engine in ("one", "two", "one"):
+            Metrics(engine, registry)
+
+    assert [(line["event"], line["engine"]) for line in lines] == [("telemetry.multiprocess_ignored", "one")]
+    assert "file_sd" in lines[0]["advice"]
+
+
 def test_the_share_of_time_is_measured_on_a_sample_of_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(1_000_000))
     monkeypatch.setattr(
@@ -497,15 +508,19 @@ def test_the_share_of_time_is_measured_on_a_sample_of_the_facts(monkeypatch: pyt
     reports = Reports()
     run = observed(reports, "load")
     observer = reports.metrics.observer(run.state)
-    execution = run.begin(run.enter())
+    context = run.enter()
+    execution = run.begin(context)
     execution.ended = 1.0
+    run.state.task_executions[1] = 7
     for _ in range(SAMPLE_EVERY * 3):
-        observer.execution_finished(execution, "success", None, 1.0)
+        observer.visit_started(context, 0, 0, 0.0, 1.0)
+    observer.execution_finished(execution, "success", None, 1.0)
 
     seen = reports.scrape()
 
-    assert seen.total("obsdag_telemetry_seconds_total", dag="etl", signal="metrics") == 3 * SAMPLE_EVERY
-    assert seen.value("obsdag_task_executions_total", outcome="success") == 3 * SAMPLE_EVERY
+    # three visits, each for all since the one before; seven executions, by the time that one takes
+    assert seen.total("obsdag_telemetry_seconds_total", dag="etl", signal="metrics") == 3 * SAMPLE_EVERY + 7
+    assert seen.value("obsdag_task_executions_total", outcome="success") == 1
 
 
 def test_a_dag_whose_name_is_that_of_all_of_them_is_told_apart() -> None:

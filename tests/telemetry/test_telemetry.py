@@ -123,7 +123,8 @@ def test_without_logs_nothing_is_logged() -> None:
     assert metric(registry, "obsdag_task_failures_total", task="charge", error_type="ValueError") == 1
 
 
-def test_an_executor_without_telemetry_warns_and_costs_nothing_per_execution() -> None:
+def test_an_executor_without_telemetry_warns_and_costs_nothing_per_execution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obsdag.telemetry.current._asked", [])  # as if nobody had asked in this process
     with capture_logs() as lines:
         executor(None).run_sync([{}, {"bad": True}])
 

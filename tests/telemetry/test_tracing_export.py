@@ -167,6 +167,36 @@ async def test_a_processor_that_blocks_does_not_block_the_run() -> None:
     assert await tracing.flush(5.0) is True
 
 
+async def test_what_was_kept_during_another_flush_is_exported_by_the_next() -> None:
+    class Collecting(Collected):
+        entered, release = threading.Event(), threading.Event()
+
+        def force_flush(self, timeout_millis: int = 30000) -> bool:
+            self.entered.set()
+            return self.release.wait(10)
+
+    kept, told = Collecting(), []
+    tracing = Tracing([kept], sample=1.0)
+    telemetry = telemetry_of(tracing)
+    telemetry._no_flush_before = float("inf")
+    ended = threading.Event()
+
+    def done(in_time: bool) -> None:
+        told.append((in_time, len(kept.named("context dag"))))
+        if len(told) == 2:
+            ended.set()
+
+    await run_traced(dag_of(), [{"n": 1}], tracing=tracing, telemetry=telemetry)
+    tracing._pipeline.begin_flush(10.0, done)
+    assert await asyncio.to_thread(kept.entered.wait, 5)
+    await run_traced(dag_of(), [{"n": 2}], tracing=tracing, telemetry=telemetry)
+    tracing._pipeline.begin_flush(10.0, done)
+    kept.release.set()
+    assert await asyncio.to_thread(ended.wait, 5)
+
+    assert told == [(True, 1), (True, 2)]
+
+
 async def test_a_blocked_processor_lets_the_buffer_run_full_and_no_further() -> None:
     hanging = Hanging()
     tracing = Tracing([hanging], sample=1.0, max_buffered_spans=50, keep_budget_per_s=10_000)

@@ -16,9 +16,9 @@ from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, TraceFlags, get_current_span, use_span
 
 from obsdag import ConfigError
-from obsdag.telemetry.attach import SPAN_KEY, TraceContext
+from obsdag.telemetry.attach import SPAN_KEY
 from obsdag.telemetry.carrier import Caller, capture_caller, inject, remote_span, returning
-from obsdag.telemetry.records import new_span_id, new_trace_id
+from obsdag.telemetry.records import RootTrace, new_span_id, new_trace_id, span_in
 from obsdag.telemetry.sampling import KeepBudget, RunningQuantile, ratio_bound
 
 LOW = (1 << 64) - 1
@@ -41,16 +41,15 @@ def test_ids_do_not_repeat_when_a_user_seeds_random() -> None:
 
 
 def test_the_context_of_an_execution_looks_like_any_other() -> None:
-    span = NonRecordingSpan(SpanContext(1, 2, False))
     base = baggage.set_baggage("tenant", "blue", otel_context.Context())
-    context = TraceContext(base)
-    context.span = span
+    context = span = span_in(RootTrace(None, 1, 0.0, 10), 1, base)
     (key,) = base
     plain = otel_context.Context({**base, SPAN_KEY: span})
 
     assert get_current_span(context) is span
     assert baggage.get_baggage("tenant", context) == "blue"
-    assert context == plain
+    assert context
+    assert context == span != plain
     assert dict(context) == {**context} == dict(plain)
     assert (list(context), len(context)) == ([key, SPAN_KEY], 2)
     assert list(context.keys()) == [key, SPAN_KEY]
@@ -225,10 +224,8 @@ def test_T12_no_trace_and_nothing_said_sends_nothing_back() -> None:
 
 
 def test_ids_of_one_span_are_the_same_in_all_threads() -> None:
-    from obsdag.telemetry.records import ContextTrace, ExecutionSpan, RootTrace
-
     for _ in range(200):
-        span = ExecutionSpan(ContextTrace(RootTrace(None, 1, 0.0, 10), 1, None, True), 1)
+        span = span_in(RootTrace(None, 1, 0.0, 10), 1)
         meeting, found = threading.Barrier(4), []
 
         def ask(span: Any = span, meeting: Any = meeting, found: Any = found) -> None:

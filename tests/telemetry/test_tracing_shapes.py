@@ -382,6 +382,7 @@ async def test_stall_says_where_and_what_is_missing() -> None:
     assert context.attributes["error.type"] == "stalled"
 
 
+@pytest.mark.leaves("files", "grpc keeps its poller's descriptors for the process")
 async def test_grpc_gets_the_same() -> None:
     with OtlpReceiver("grpc") as receiver:
         tracing = Tracing.otlp(receiver.endpoint, protocol="grpc", sample=1.0)

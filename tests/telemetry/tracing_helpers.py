@@ -127,6 +127,7 @@ def check_shape(spans: Iterable[ReceivedSpan], known: Iterable[str] = ()) -> Non
         assert root.start_ns <= span.start_ns, f"{span.name} begins before {root.name}"
         assert span.end_ns <= root.end_ns, f"{span.name} ends after {root.name}"
     _check_attempts(spans)
+    _check_ledgers(spans)
 
 
 def _root_of(span: ReceivedSpan, by_id: dict[str, ReceivedSpan]) -> ReceivedSpan:
@@ -144,6 +145,16 @@ def _check_attempts(spans: list[ReceivedSpan]) -> None:
         found.sort(key=lambda span: (span.start_ns, span.end_ns))
         for before, after in pairwise(found):
             assert before.end_ns <= after.start_ns, f"attempts of {before.name} overlap"
+
+
+def _check_ledgers(spans: list[ReceivedSpan]) -> None:
+    """The parts of a root's ledger add up to its time, from entering to its outcome."""
+    for span in spans:
+        parts = [value for key, value in span.attributes.items() if key.startswith("obsdag.ledger.")]
+        if parts and "obsdag.loop.iteration" not in span.attributes:  # an item's trace begins with its pull
+            ended = next((at for name, _, at in span.events if name == "outcome"), span.end_ns)
+            took_s = (ended - span.start_ns) / 1e9
+            assert abs(sum(parts) - took_s) < 1e-5 + 1e-3 * took_s, f"{span.name}: {sum(parts)} s of {took_s} s"
 
 
 def outline(spans: Iterable[ReceivedSpan]) -> list[str]:
