@@ -12,6 +12,7 @@ them here):
     plan, validation                    the graph compiled to bit masks; its mistakes
     layout, draw, graph, dag_config     pictures of it; the DAG that users define; a DAG read from a file
     core                                what decides: lanes, readiness, joins, retries, outcomes; no asyncio, no clock
+    journal                             accepted work survives a crash: what happened, in one SQLite file, and back
     telemetry, logs                     observers of the core: metrics, traces, logs; logging for scripts
     dashboards                          Grafana boards, alert rules and the runbook, made from the catalogue of metrics
     inputs, engine_pools                what a run takes in; the pools of an executor
@@ -45,9 +46,11 @@ if TYPE_CHECKING:
         GraphError,
         InputError,
         InternalError,
+        JournalError,
         NoOutputError,
         NotAcceptingError,
         ObsdagError,
+        PlanChangedError,
         PoolError,
         QueueFullError,
         RemoteError,
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     )
     from obsdag.executor import Executor, OutputStream, RunResult
     from obsdag.graph import DAG
+    from obsdag.journal import SQLiteJournal
     from obsdag.limits import ConcurrencyLimit, RateLimit, ResourcePool
     from obsdag.runtime import Runtime
     from obsdag.serve import ServeExecutor, Ticket
@@ -134,6 +138,7 @@ __all__ = [
     "InputError",
     "InternalError",
     "JoinTask",
+    "JournalError",
     "LoopContext",
     "MapTask",
     "NoOutputError",
@@ -142,6 +147,7 @@ __all__ = [
     "Observer",
     "OutputContext",
     "OutputStream",
+    "PlanChangedError",
     "PoolError",
     "ProcessTask",
     "QueueFullError",
@@ -154,6 +160,7 @@ __all__ = [
     "RunFailed",
     "RunResult",
     "Runtime",
+    "SQLiteJournal",
     "ServeError",
     "ServeExecutor",
     "ServiceError",
@@ -186,7 +193,7 @@ __version__ = "0.1.0"
 _HOMES = (
     *("errors", "config", "limits", "context", "core.states", "core.records", "core.observer", "core.queue"),
     *("runtime", "tasks", "graph", "worker", "executor", "serve"),
-    *("telemetry", "telemetry.export", "telemetry.hold", "telemetry.sampling"),
+    *("telemetry", "telemetry.export", "telemetry.hold", "telemetry.sampling", "journal"),
 )
 """Where the public names live, the lightest first. A name is imported when it is first used: a worker process, which
 needs few modules, starts in half the time (66 instead of 121 ms), and telemetry libraries load only for who uses them.

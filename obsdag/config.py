@@ -195,6 +195,10 @@ class ExecutorConfig:
     observers: tuple[Any, ...] = field(
         default=(), metadata=_setting(Setting("objects", "further observers of the executor's runs"))
     )
+    journal: Any | None = field(
+        default=None,
+        metadata=_setting(Setting("object", "the `SQLiteJournal` that accepted work survives a crash in", none="none")),
+    )
     debug: bool = field(default=False, metadata=_switch("check the engine's own invariants after every transition"))
     failures_kept: int = field(
         default=1_000, metadata=_whole("failures that a stream or a serving period keeps: the newest")

@@ -126,6 +126,8 @@ class Context(_Mapping):
     _since: float
     _entered: float
     _lane: int
+    _entry: Any  # the journal's own record of this context, set only where there is a journal
+    _idempotency: str  # set when it is first asked for
     _ledger: list[float] | None
     _records: list[Execution] | None  # a root's executions, where an observer needs them
     _waits: list[float] | None  # seconds per state since the last start, where an observer needs them
@@ -136,11 +138,13 @@ class Context(_Mapping):
         "_data",
         "_done",
         "_entered",
+        "_entry",
         "_error",
         "_executions",
         "_frozen",
         "_holds",
         "_id",
+        "_idempotency",
         "_lane",
         "_ledger",
         "_lock",
@@ -334,6 +338,16 @@ class Context(_Mapping):
         if execution is not None and execution.context is self:
             return execution.attempt
         return self._executions[-1].attempt if self._executions else 1
+
+    @property
+    def idempotency_key(self) -> str:
+        """A text of this context alone, the same for every attempt and, with a journal, after a crash."""
+        if not hasattr(self, "_idempotency"):
+            with _lock_maker:
+                if not hasattr(self, "_idempotency"):
+                    entry = getattr(self, "_entry", None)
+                    self._idempotency = secrets.token_hex(12) if entry is None else entry.idempotency_key
+        return self._idempotency
 
     @property
     def error_info(self) -> ErrorInfo:

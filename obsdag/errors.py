@@ -13,6 +13,8 @@ ObsdagError
 ├── PoolError                              a worker process died under its execution, or a pool cannot be used
 ├── ResourceError                          a pooled resource could not be made
 ├── DeadlineExceeded       (TimeoutError)  the run's or the root context's deadline passed
+├── JournalError                           the journal cannot be opened, read or written: the message says why
+│   └── PlanChangedError                   the DAG is not the one that the journal's contexts were in
 ├── RunFailed              (ExceptionGroup) a run with on_failure="raise" ended by a failure
 ├── ServeError                             a request that the serving executor cannot take or answer
 │   ├── QueueFullError                     too much is pending: wait, or answer 503
@@ -43,9 +45,11 @@ __all__ = [
     "GraphError",
     "InputError",
     "InternalError",
+    "JournalError",
     "NoOutputError",
     "NotAcceptingError",
     "ObsdagError",
+    "PlanChangedError",
     "PoolError",
     "QueueFullError",
     "RemoteError",
@@ -116,6 +120,18 @@ class DeadlineExceeded(ObsdagError, TimeoutError):
     def __init__(self, message: str, result: RunResult | None = None) -> None:
         super().__init__(message)
         self.result = result
+
+
+class JournalError(ObsdagError):
+    """A journal cannot be opened, read or written; the reason is in the message, in one line. Nothing in it is lost."""
+
+
+class PlanChangedError(JournalError):
+    """The DAG is not the one that the journal's contexts were in; `differences` says how, task by task."""
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
 
 
 class RunFailed(ObsdagError, ExceptionGroup[Exception]):

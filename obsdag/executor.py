@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -138,15 +139,55 @@ class Executor:
         input iterator raises.
         """
         result = RunResult()
-        shell = self._open_shell("run", open_inputs(input_context))
-        shell.run.emit = result.append
+        async with self._journalled() as recorder:
+            shell = self._open_shell("run", open_inputs(input_context))
+            shell.run.emit = result.append
+            await self._see_to_its_end(shell, result, recorder)
+        return result
+
+    async def recover(self, tasks: Mapping[str, str | None] | None = None) -> RunResult:
+        """Runs to their ends what the journal holds of this DAG without an outcome, from its last committed progress.
+
+        tasks: for a DAG that has changed: old task id -> its id now, None if the task is gone. A task that ran when the
+        process died runs again. Raises ConfigError without a journal, PlanChangedError, JournalError, and as `run`.
+        """
+        if self.config.journal is None:
+            raise ConfigError("there is nothing to recover from: set ExecutorConfig(journal=SQLiteJournal(...))")
+        result = RunResult()
+        async with self._journalled() as recorder:
+            recovery = await self.config.journal.load(self.plan, tasks)
+            shell = self._open_shell("run", iter(()))
+            shell.run.emit = result.append
+            shell.restore = partial(recorder.take_up, recovery)
+            await self._see_to_its_end(shell, result, recorder)
+        return result
+
+    async def _see_to_its_end(self, shell: RunShell, result: RunResult, recorder: Any) -> None:
+        if recorder is not None:
+            recorder.attach(shell)
         try:
             await self._wait(shell)
         finally:
             await self._close(shell, result)
         if shell.early:
             raise _early_error(shell, result)
-        return result
+
+    @asynccontextmanager
+    async def _journalled(self) -> AsyncIterator[Any]:
+        """Keeps the journal open, if there is one; gives what records a run in it."""
+        journal = self.config.journal
+        if journal is None:
+            yield None
+            return
+        await journal.acquire()
+        try:
+            recorder = await journal.record(self.plan)
+            try:
+                yield recorder
+            finally:
+                await see_through(recorder.close())
+        finally:
+            await see_through(journal.release())
 
     def run_sync(self, input_context: Inputs = None) -> RunResult:
         """`run` for scripts. Raises RuntimeError inside a running event loop: use `await executor.run(...)` there."""
@@ -164,18 +205,21 @@ class Executor:
 
         Memory is bounded by `max_live_contexts`, whatever the number of inputs. Leaving early ends the run (E9).
         """
-        shell = self._open_shell("stream", open_inputs(inputs))
-        outputs = OutputStream(shell)
-        deadline = self._arm_deadline(shell)
-        try:
-            self._begin(shell)
-            yield outputs
-        finally:
-            if deadline is not None:
-                deadline.cancel()
-            if not shell.done.done():
-                shell.end_early("left", None)
-            await self._close(shell, RunResult())
+        async with self._journalled() as recorder:
+            shell = self._open_shell("stream", open_inputs(inputs))
+            outputs = OutputStream(shell)
+            if recorder is not None:
+                recorder.attach(shell)
+            deadline = self._arm_deadline(shell)
+            try:
+                self._begin(shell)
+                yield outputs
+            finally:
+                if deadline is not None:
+                    deadline.cancel()
+                if not shell.done.done():
+                    shell.end_early("left", None)
+                await self._close(shell, RunResult())
         if shell.early not in ("", "left"):
             raise _early_error(shell, None)
 
@@ -193,7 +237,8 @@ class Executor:
         """Telemetry's observers, or, without any, those that log warnings and errors; then the user's own."""
         telemetry = self.config.telemetry
         found = default_observers(shell.run) if telemetry is None else telemetry.observers(shell.run, self._pools)
-        return [*found, *self.config.observers]
+        recorders = [] if shell.recorder is None else [shell.recorder]
+        return [*recorders, *found, *self.config.observers]
 
     def _arm_deadline(self, shell: RunShell) -> asyncio.TimerHandle | None:
         if self.config.deadline is None:
@@ -309,7 +354,9 @@ class Executor:
     # --- keeping the pools (E18)
 
     async def __aenter__(self) -> Self:
-        """Keeps the pools open until the block ends."""
+        """Keeps the pools, and the journal, open until the block ends."""
+        if self.config.journal is not None:
+            await self.config.journal.acquire()
         self._kept_open = True
         return self
 
@@ -317,8 +364,12 @@ class Executor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._kept_open = False
-        if not self._shells:
-            await self._pools.close(self.config.shutdown_grace)
+        try:
+            if not self._shells:
+                await self._pools.close(self.config.shutdown_grace)
+        finally:
+            if self.config.journal is not None:
+                await self.config.journal.release()
 
 
 def _early_error(shell: RunShell, result: RunResult | None) -> BaseException:

@@ -131,6 +131,8 @@ class LoopRunner(_GeneratorRunner):
             if first:
                 pull.generator = await self._open(execution)
                 item = await self._first_item(execution, pull)
+                if pull.items and item is not _END:
+                    item = await self._pass_over(execution, pull, item)
             else:
                 item = await self._step(execution, pull.generator, self._sent(pull))
             items = () if item is _END else self._items(pull, item)
@@ -156,6 +158,10 @@ class LoopRunner(_GeneratorRunner):
 
     async def _first_item(self, execution: Execution, pull: Pull) -> Any:
         return await self._first(execution, pull.generator, execution.context)
+
+    async def _pass_over(self, execution: Execution, pull: Pull, item: Any) -> Any:
+        """After a crash: a loop begins anew, or where its context's data says."""
+        return item
 
     def _sent(self, pull: Pull) -> Any:
         return None if self.takes_context else pull.marker
@@ -211,6 +217,19 @@ class MapRunner(LoopRunner):
 
     def _sent(self, pull: Pull) -> Any:
         return None
+
+    async def _pass_over(self, execution: Execution, pull: Pull, item: Any) -> Any:
+        """After a crash: the items that came before it are children already. One with a cursor knows where it is."""
+        if "cursor" in execution.context:
+            return item
+        left = pull.items
+        while item is not _END:
+            count = len(item) if isinstance(item, list | tuple) else item is not None
+            if count > left:
+                return item[left:] if isinstance(item, list | tuple) else item
+            left -= count
+            item = await self._step(execution, pull.generator, None)
+        return item
 
     def _items(self, pull: Pull, item: Any) -> Iterable[Context]:
         items = item if isinstance(item, list | tuple) else () if item is None else (item,)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
     from obsdag.engine_pools import Pools
     from obsdag.graph import DAG
+    from obsdag.journal.recorder import Recorder
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
 
@@ -90,6 +91,8 @@ class RunShell(Mailbox):
         self.abandoned: list[str] = []
         self.refill: Callable[[], None] | None = None  # serving: what waits for room enters
         self.takers: list[asyncio.Future[None]] = []
+        self.recorder: Recorder | None = None  # with a journal: what leaves the engine waits for its commits
+        self.restore: Callable[[float], None] | None = None  # puts contexts of a journal into the run that begins
         self._turn_asked = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
@@ -110,6 +113,8 @@ class RunShell(Mailbox):
             self.direct = self.runners.direct
         if facts.run_started is not None:
             facts.run_started(run, run.started)
+        if self.restore is not None:
+            self.restore(run.started)
         if self.feeding is not None:
             self.spawn(self._feed(self.feeding), None)
         self.pump()
@@ -164,7 +169,7 @@ class RunShell(Mailbox):
         """No worker is busy: the run is done, or waits for something, which the core knows."""
         run = self.run
         if self.inputs is None and self.feeding is None and not self.open_ended and run.settled():
-            if not self.done.done():
+            if not self.done.done() and (self.recorder is None or self.recorder.settled()):
                 self.done.set_result(None)
             return
         run.rest(self.clock())
@@ -429,13 +434,15 @@ class RunShell(Mailbox):
     def closes_at_once(self) -> bool:
         """Whether `finish_run` has nothing to wait for."""
         run = self.run
-        if self.early or run.closings or not run.settled() or self.runners.has_to_close():
+        if self.early or self.recorder is not None or run.closings or not run.settled() or self.runners.has_to_close():
             return False
         return all(task.done() for task in self.tasks)
 
     async def finish_run(self) -> None:
         """Ends the run by the steps at the top of this module; nothing is left behind."""
         run = self.run
+        if self.recorder is not None and (self.early or not run.settled()):
+            self.recorder.suspend()
         if self.early or not run.settled():
             run.stop(self.clock())
             self.pump()
@@ -444,6 +451,8 @@ class RunShell(Mailbox):
         await self._cancel_tasks()
         await self.runners.close(self.config.shutdown_grace)
         await self._detach_limits()
+        if self.recorder is not None:
+            await self.recorder.close()
         run.close(self.clock())
         run.runtime._closed(run)
 

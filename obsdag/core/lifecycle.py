@@ -325,6 +325,8 @@ class Lifecycle(RunBase):
         self._move(context, _DISCARDED, now)
         self.discarded += 1
         self._work.append(context)
+        if self.facts.context_changed is not None:
+            self.facts.context_changed(context, now)
 
     def end_discarded(self, now: float) -> None:
         """At the run's end: what `enable_context_gc=False` kept readable ends as it was going to (E11)."""

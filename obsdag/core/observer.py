@@ -73,6 +73,11 @@ class Observer:
     def context_failed(self, context: Context, failure: Failure, execution: Execution | None, now: float) -> None:
         """A context failed for good (E6); told before its `context_finished`."""
 
+    def context_changed(self, context: Context, now: float) -> None:
+        """Something else than an execution of its own changed a context: it was frozen or thawed, another's return
+        completed a task for it, or it is discarded and only kept readable (E11).
+        """
+
     def context_kept(self, context: Context, now: float) -> None:
         """Somebody asked for the trace of the context's root to be kept."""
 

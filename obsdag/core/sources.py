@@ -23,7 +23,9 @@ __all__ = ["Sources"]
 
 
 class Sources(Joins):
-    """Pulled items; contexts that are returned again."""
+    """Pulled items; contexts that are returned again. resumed: of restored contexts, items that came before."""
+
+    resumed: dict[tuple[Context, int], int] | None = None
 
     # --- room (E16)
 
@@ -42,6 +44,8 @@ class Sources(Joins):
         context, index = execution.context, execution.index
         pull = Pull(context, execution.task, index)
         pull.execution = execution
+        if self.resumed:
+            pull.items = self.resumed.pop((context, index), 0)
         pull.marker = marker = LoopContext(None, name=f"loop:{execution.task.id}")
         marker.pull = pull
         marker._ready = 0
@@ -273,6 +277,8 @@ class Sources(Joins):
         if lend is not None and other._more is not None and other._more.lends and lend in other._more.lends.values():
             self._close_lend(other, lend, index, now)
             self._schedule(other, now)
+            if self.facts.context_changed is not None:
+                self.facts.context_changed(other, now)
             return True
         more = other._more
         kept_at = more.kept_at if more is not None else -1
@@ -287,6 +293,8 @@ class Sources(Joins):
         if kept_at >= 0:
             self.thaw(other, now)
         self._schedule(other, now)
+        if self.facts.context_changed is not None:
+            self.facts.context_changed(other, now)
         return lend is not None or self._is_ancestor(other, context)
 
     def _lend_between(self, ancestor: Context, context: Context) -> Lend | None:

@@ -145,14 +145,14 @@ class Waits(Lifecycle):
     def freeze(self, context: Context, now: float) -> None:
         """No new execution starts on the context; the freeze holds it."""
         if context._outcome is None and context._state != _DISCARDED and context not in self._freezes:
-            self._note_freeze(context, True)
+            self._note_freeze(context, True, now)
             self._restate(context, now)
 
     def thaw(self, context: Context, now: float) -> None:
         """Ends the freeze: what was kept undecided is dropped, the rest goes on."""
         if context._outcome is not None or context not in self._freezes:
             return
-        self._note_freeze(context, False)
+        self._note_freeze(context, False, now)
         more = context._more
         if more is not None and more.kept_at >= 0:
             more.kept_at = -1
@@ -160,13 +160,15 @@ class Waits(Lifecycle):
         self._schedule(context, now)
         self._settle_all(now)
 
-    def _note_freeze(self, context: Context, frozen: bool) -> None:
+    def _note_freeze(self, context: Context, frozen: bool, now: float) -> None:
         context._frozen = frozen
         context._holds += 1 if frozen else -1
         if frozen:
             self._freezes[context] = None
         else:
             del self._freezes[context]
+        if self.facts.context_changed is not None:
+            self.facts.context_changed(context, now)
 
     def _only_frozen(self) -> bool:
         return bool(self._freezes) and not self.moving()

@@ -1,0 +1,158 @@
+"""`SQLiteJournal`: where a file is, how safe it has to be, and the one open writer that all runs of it share.
+
+It is opened by the first run that needs it, off the event loop, and closed when the last is over: what keeps it open
+(`acquire`, `release`) are runs and `async with executor:` blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING, Final
+
+from obsdag.errors import ConfigError, JournalError
+from obsdag.journal.codec import Codec
+from obsdag.journal.store import Durability, Store
+from obsdag.journal.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from obsdag.journal.recorder import Recorder
+    from obsdag.journal.recover import Recovery
+    from obsdag.plan import Plan
+
+__all__ = ["SQLiteJournal"]
+
+_DAY_S: Final = 86_400.0
+_WATCHED_CRASHES: Final = 2
+"""From so many deaths in a row, the starts of recovered contexts are written down: a commit each."""
+
+
+class SQLiteJournal:
+    """A journal in one SQLite file, for `ExecutorConfig(journal=...)`; made when it is not there.
+
+    path: the file; beside it SQLite keeps `-wal`. durability: "power" survives a loss of power (an fsync per commit),
+    "process" the death of the process. allow_pickle: data that has no other form is pickled: then whoever can write the
+    file can run code here. keep_s, keep: ended contexts are deleted after so many seconds, and beyond so many; failed
+    ones stay until `obsdag journal` retries or exports them. max_crashes: a context that was running when the process
+    died so many times in a row is failed instead of run again. Raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        durability: Durability = "power",
+        allow_pickle: bool = False,
+        keep_s: float = 7 * _DAY_S,
+        keep: int = 100_000,
+        max_crashes: int = 5,
+        max_page_count: int | None = None,
+    ) -> None:
+        if durability not in ("power", "process"):
+            raise ConfigError(f"SQLiteJournal(durability={durability!r}): it is 'power' or 'process'")
+        for name, value, least in (("keep_s", keep_s, 0), ("keep", keep, 0), ("max_crashes", max_crashes, 1)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+                raise ConfigError(f"SQLiteJournal({name}={value!r}): it is a number >= {least}")
+        self.path = os.fspath(path)
+        self.durability: Durability = durability
+        self.codec = Codec(allow_pickle)
+        self.keep_s, self.keep, self.max_crashes = keep_s, keep, max_crashes
+        self.recorders: list[Recorder] = []
+        self.writer: Writer | None = None
+        self.next_key = 0
+        self.recovered = self.replayed = self.dead_letters = self.pruned = 0
+        self._max_pages = max_page_count
+        self._users = 0
+        self._opening: asyncio.Task[None] | None = None
+        self._inline = False  # for tests in virtual time: commits happen where they are asked for
+
+    def __repr__(self) -> str:
+        return f"SQLiteJournal({self.path!r}, durability={self.durability!r})"
+
+    # --- life
+
+    async def acquire(self) -> Writer:
+        """Opens it, unless it is open, and keeps it so until `release`. Raises JournalError."""
+        self._users += 1
+        try:
+            if self._opening is None:
+                self._opening = asyncio.get_running_loop().create_task(self._open())
+            await asyncio.shield(self._opening)
+        except BaseException:
+            await self.release()
+            raise
+        assert self.writer is not None
+        return self.writer
+
+    async def _open(self) -> None:
+        store = Store(self.path, self.durability, max_page_count=self._max_pages)
+        writer = Writer(store, inline=self._inline)
+        try:
+            await asyncio.wrap_future(writer.start())
+            await asyncio.wrap_future(writer.call(self._prune))
+            self.next_key = max(self.next_key, await asyncio.wrap_future(writer.call(Store.next_key)))
+        except BaseException:
+            await _off_the_loop(writer)
+            raise
+        self.writer = writer
+
+    def _prune(self, store: Store) -> None:
+        self.pruned += store.prune(time.time() - self.keep_s, self.keep)
+
+    async def release(self) -> None:
+        """Closes it when nobody else needs it open; what is pending is committed first."""
+        self._users -= 1
+        if self._users:
+            return
+        writer, self.writer, self._opening = self.writer, None, None
+        if writer is not None:
+            if writer.error is None:
+                writer.call(self._prune)
+            await _off_the_loop(writer)
+
+    # --- what runs ask
+
+    def take_key(self) -> int:
+        """The key of a new context."""
+        key, self.next_key = self.next_key, self.next_key + 1
+        return key
+
+    @property
+    def depth(self) -> int:
+        """Rows that wait to be committed."""
+        return self.writer.depth if self.writer is not None else 0
+
+    def open_writer(self) -> Writer:
+        """The writer. Raises JournalError while the journal is not open."""
+        if self.writer is None:
+            raise JournalError(f"journal {self.path} is not open")
+        return self.writer
+
+    async def record(self, plan: Plan) -> Recorder:
+        """What a run on `plan` is recorded by; the journal is open. Raises JournalError."""
+        from obsdag.journal.recorder import Recorder, WatchfulRecorder
+
+        dying = self.open_writer().store.crashes >= _WATCHED_CRASHES
+        recorder = WatchfulRecorder(self, plan) if dying else Recorder(self, plan)
+        await recorder.open()
+        return recorder
+
+    async def load(self, plan: Plan, tasks: Mapping[str, str | None] | None = None) -> Recovery:
+        """The contexts on DAGs of this name that have no outcome and are no living run's business.
+
+        Raises PlanChangedError, JournalError.
+        """
+        from obsdag.journal.recover import load
+
+        taken = {key for recorder in self.recorders for key in recorder.keys}
+        found = self.open_writer().call(lambda store: load(store, plan, self.codec, tasks, taken, self.max_crashes))
+        return await asyncio.wrap_future(found)
+
+
+async def _off_the_loop(writer: Writer) -> None:
+    """Closes a writer without holding up the event loop, whatever becomes of whoever asked."""
+    await asyncio.shield(asyncio.wrap_future(writer.end()))
+    writer.close()

@@ -1,0 +1,254 @@
+"""From rows back to contexts: whose outcome is missing, in which DAG they were, what of it is still known.
+
+A DAG that has changed is refused with its differences, unless the caller says what became of its tasks. Tasks that are
+new have not been done by any context.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from obsdag.context import Context
+from obsdag.core.base import more_of
+from obsdag.core.restoring import Saved
+from obsdag.errors import PlanChangedError, RemoteError
+from obsdag.journal.codec import Body, Codec, Rare, mask_of
+from obsdag.journal.recorder import Entry, describe_plan
+from obsdag.journal.schema import Row
+from obsdag.journal.store import Store
+
+if TYPE_CHECKING:
+    from obsdag.plan import Plan
+
+__all__ = ["Recovery", "load"]
+
+TaskNames = Mapping[str, str | None]
+_SUSPECT_CRASHES: Final = 2
+_decode = msgspec.msgpack.Decoder(Body).decode
+
+
+class Recovery:
+    """Contexts of a journal, ready to be put into a run: `saved`, in order of key.
+
+    culprits: those that were running too often when the process died. suspects: trees of some that were, repeatedly.
+    outputs: ended ones that were given out, or were about to be.
+    """
+
+    def __init__(self) -> None:
+        self.saved: list[Saved] = []
+        self.times: dict[Context, tuple[Rare, float]] = {}
+        self.culprits: list[Context] = []
+        self.suspects: set[int] = set()
+        self.outputs: list[Context] = []
+
+    @property
+    def living(self) -> list[Context]:
+        """The contexts that go on."""
+        return [each.context for each in self.saved if each.context._outcome is None]
+
+    def on_clock(self, epoch: float) -> list[Saved]:
+        """`saved` with its Unix times on the clock of a run whose zero is `epoch`."""
+        for saved in self.saved:
+            rare, _ = self.times.get(saved.context, (None, 0.0))
+            if rare is not None:
+                saved.waits = {index: (due - epoch, kind) for index, (due, kind) in saved.waits.items()}
+                saved.first_try = {index: first - epoch for index, first in saved.first_try.items()}
+                saved.deadline = None if rare.deadline is None else rare.deadline - epoch
+        self.times.clear()
+        return self.saved
+
+
+def load(
+    store: Store, plan: Plan, codec: Codec, tasks: TaskNames | None, taken: Collection[int], max_crashes: int
+) -> Recovery:
+    """Reads what has no outcome, and what it needs of its ended relatives.
+
+    tasks: old task id -> its id now, None if it is gone. taken: keys that runs of this process are busy with. Raises
+    PlanChangedError, and JournalError for a damaged row.
+    """
+    translations = _translations(store, plan, tasks)
+    rows = list(store.rows("tree IN (SELECT tree FROM contexts WHERE outcome IS NULL)"))
+    wanted = {row.tree for row in rows if row.outcome is None and row.key not in taken and row.plan in translations}
+    rows = [row for row in rows if row.tree in wanted and row.key not in taken]
+    for row in rows:
+        _refuse_changed(translations.get(row.plan), plan)
+    builder = _Builder(store.id, plan, codec, translations, max_crashes)
+    counts = _children_of_lends(rows)
+    for row in rows:
+        builder.add(row, counts)
+    recovery = builder.recovery
+    recovery.suspects -= {culprit._entry.tree for culprit in recovery.culprits}
+    return recovery
+
+
+class _Translation:
+    """Old masks and indices to those of the plan now; `differences` that nobody has answered for."""
+
+    def __init__(self, old: Sequence[Sequence[Any]], plan: Plan, tasks: TaskNames | None) -> None:
+        names = tasks or {}
+        self.same = [list(each) for each in old] == describe_plan(plan)
+        self.differences = [] if self.same else _differences(old, plan, names, tasks is not None)
+        self.index: dict[int, int] = {}
+        for number, (name, *_) in enumerate(old):
+            now = names.get(name, name)
+            if now is not None and now in plan.index:
+                self.index[number] = plan.index[now]
+
+    def mask(self, packed: int | bytes) -> int:
+        """The mask over the plan of now."""
+        mask = mask_of(packed)
+        if self.same:
+            return mask
+        result = 0
+        for old, new in self.index.items():
+            if mask >> old & 1:
+                result |= 1 << new
+        return result
+
+    def keys(self, found: Mapping[int, Any]) -> dict[int, Any]:
+        """A mapping by task, over the plan of now."""
+        return {self.index[index]: value for index, value in found.items() if index in self.index}
+
+
+def _translations(store: Store, plan: Plan, tasks: TaskNames | None) -> dict[int, _Translation]:
+    """Of each plan in the journal that is of a DAG of this name."""
+    found: dict[int, _Translation] = {}
+    for number, (_, dag, described) in store.plans().items():
+        if dag == plan.name:
+            found[number] = _Translation(json.loads(described), plan, tasks)
+    return found
+
+
+def _differences(old: Sequence[Sequence[Any]], plan: Plan, names: TaskNames, lenient: bool) -> list[str]:
+    told = []
+    now = {name: (kind, set(above)) for name, kind, above in describe_plan(plan)}
+    seen = set()
+    for name, kind, above in old:
+        new = names.get(name, name)
+        if new is None:
+            continue
+        seen.add(new)
+        if new not in now:
+            told.append(f"task {new!r} is gone")
+            continue
+        was = {renamed for each in above if (renamed := names.get(each, each)) is not None}
+        if now[new][0] != kind:
+            told.append(f"task {new!r} was {kind}, is {now[new][0]}")
+        elif now[new][1] != was and not lenient:
+            told.append(f"task {new!r} was after {_listed(was)}, is after {_listed(now[new][1])}")
+    if not lenient:
+        told += [f"task {name!r} is new" for name in now if name not in seen]
+    return told
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(map(repr, sorted(names))) or "nothing"
+
+
+def _refuse_changed(translation: _Translation | None, plan: Plan) -> None:
+    if translation is not None and translation.differences:
+        raise PlanChangedError(
+            f"DAG {plan.name!r} has changed since its contexts were journalled: {'; '.join(translation.differences)}. "
+            "Say what became of its tasks: recover(tasks={'old id': 'new id', 'gone': None}), {} if only new ones came",
+            translation.differences,
+        )
+
+
+def _children_of_lends(rows: Sequence[Row]) -> dict[tuple[int, int], int]:
+    counts: dict[tuple[int, int], int] = {}
+    for row in rows:
+        if row.parent is not None and row.lend is not None:
+            counts[row.parent, row.lend] = counts.get((row.parent, row.lend), 0) + 1
+    return counts
+
+
+class _Builder:
+    """Makes contexts of rows, in order of key."""
+
+    def __init__(
+        self, journal: str, plan: Plan, codec: Codec, translations: Mapping[int, _Translation], max_crashes: int
+    ) -> None:
+        self.recovery = Recovery()
+        self._journal = journal
+        self._plan, self._codec = plan, codec
+        self._translations, self._max_crashes = translations, max_crashes
+        self._by_key: dict[int, Context] = {}
+        self._waiting: dict[int, list[Context]] = {}
+
+    def add(self, row: Row, counts: Mapping[tuple[int, int], int]) -> None:
+        """One row: a context, with its place in the tree."""
+        body = _decode(row.body)
+        context = Context(None, self._codec.decode(row.data) if row.data is not None else {})
+        context._id = row.id
+        self._by_key[row.key] = context
+        self._tie(context, row)
+        context._entry = entry = Entry(self._journal, row.key, row.tree, body.kind, body.entered)
+        entry.data, entry.failed, entry.crashes = row.data, body.failed, body.crashes
+        if body.key is not None:
+            context._idempotency = body.key
+        if row.outcome is not None:
+            self._end(context, row, body)
+        saved = self._saved(context, row, body, counts)
+        self.recovery.saved.append(saved)
+        if row.outcome is None:
+            self._suspect(context, entry, body)
+
+    def _tie(self, context: Context, row: Row) -> None:
+        """Parents mostly come first; one that entered after its child is tied when it comes."""
+        for child in self._waiting.pop(row.key, ()):
+            self._adopt(context, child)
+        if row.parent is not None:
+            parent = self._by_key.get(row.parent)
+            if parent is None:
+                self._waiting.setdefault(row.parent, []).append(context)
+            else:
+                self._adopt(parent, context)
+
+    def _adopt(self, parent: Context, child: Context) -> None:
+        child._parent = parent
+        if parent._children is None:
+            parent._children = {}
+        parent._children[child] = None
+
+    def _end(self, context: Context, row: Row, body: Body) -> None:
+        context._outcome = row.outcome
+        if body.rare is not None and body.rare.reason:
+            more_of(context).reason = body.rare.reason
+        if body.failed is not None and row.outcome == "failed":
+            context._error = RemoteError(f"{body.failed.kind}: {body.failed.text}")
+            more_of(context).error_task = body.failed.task
+        if row.outcome == "output":
+            self.recovery.outputs.append(context)
+
+    def _suspect(self, context: Context, entry: Entry, body: Body) -> None:
+        entry.suspect = True
+        entry.crashes = body.crashes + (1 if body.started else 0)
+        if entry.crashes >= self._max_crashes:
+            self.recovery.culprits.append(context)
+        elif entry.crashes >= _SUSPECT_CRASHES:
+            self.recovery.suspects.add(entry.tree)
+
+    def _saved(self, context: Context, row: Row, body: Body, counts: Mapping[tuple[int, int], int]) -> Saved:
+        now = self._translations[row.plan]
+        lend = None if row.lend is None else now.index.get(row.lend)
+        saved = Saved(context, body.kind, now.mask(body.done), lend=lend)
+        rare = body.rare
+        if rare is None or row.outcome is not None:
+            return saved
+        self.recovery.times[context] = rare, body.entered
+        saved.skipped = now.mask(rare.skipped)
+        saved.dead = {index: now.mask(mask) for index, mask in now.keys(rare.dead).items()}
+        saved.attempts = now.keys(rare.attempts)
+        saved.first_try, saved.waits = now.keys(rare.first_try), now.keys(rare.waits)
+        saved.lends = [(now.index[i], mapped, pulling) for i, mapped, pulling in rare.lends if i in now.index]
+        items = dict(rare.pulls)
+        for index, mapped, pulling in rare.lends:
+            if mapped and pulling:
+                items[index] = max(items.get(index, 0), counts.get((row.key, index), 0))
+        saved.pulls = now.keys(items)
+        saved.frozen = rare.frozen
+        return saved

@@ -1,0 +1,340 @@
+"""One SQLite file and the only connection to it. All methods belong to the thread that opened it.
+
+Opening, by steps: 1. no other journal of this process has the file; 2. SQLite takes it exclusively (a second connection
+to a live WAL can corrupt it before SQLite 3.51.3), so that another process is refused; 3. it is a journal, of a version
+that is known; 4. WAL and `synchronous` are set and read back; 5. if the last process died, its pages are checked; 6. an
+older version is backed up and migrated.
+
+Errors of SQLite become `JournalError`, one line that says what to do; the file is as the last commit left it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+from obsdag.errors import JournalError
+from obsdag.journal.schema import APPLICATION_ID, COLUMNS, MIGRATIONS, VERSION, Row, checksum, create, insert_rows
+
+__all__ = ["Durability", "Store"]
+
+Durability = Literal["power", "process"]
+_SYNCHRONOUS: Final = {"power": ("FULL", 2), "process": ("NORMAL", 1)}
+_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+"""Rows per statement, so that few are prepared; the last row is written again until one of these is full."""
+
+_open_files: set[tuple[int, int]] = set()
+_open_lock = threading.Lock()
+
+
+class Store:
+    """An open journal file. crashes: how many processes in a row died with it open, until now.
+
+    look: neither made nor migrated, and no session of its own: for whoever only reads, or repairs by hand.
+    max_page_count: a bound on the file's size, in pages.
+    """
+
+    def __init__(
+        self, path: str, durability: Durability = "power", *, look: bool = False, max_page_count: int | None = None
+    ) -> None:
+        self.path = os.fspath(path)
+        self.durability = durability
+        self.look = look
+        self.id = ""
+        self.crashes = 0
+        self._max_pages = max_page_count
+        self._claim: tuple[int, int] | None = None
+        self._connection: sqlite3.Connection | None = None
+
+    # --- life
+
+    def open(self) -> None:
+        """Opens the file by the steps at the top of this module. Raises JournalError."""
+        self._check_place()
+        try:
+            with self._told("opened"):
+                self._connect()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _check_place(self) -> None:
+        folder = Path(self.path).resolve().parent
+        if not folder.is_dir():
+            raise JournalError(f"journal {self.path}: there is no folder {folder}")
+        if self.look and not os.path.exists(self.path):
+            raise JournalError(f"journal {self.path}: there is no such file")
+
+    def _claim_file(self) -> None:
+        found = os.stat(self.path)
+        claim = (found.st_dev, found.st_ino)
+        with _open_lock:
+            if claim in _open_files:
+                raise JournalError(f"journal {self.path} is open in this process already: share one SQLiteJournal")
+            _open_files.add(claim)
+        self._claim = claim
+
+    def _connect(self) -> None:
+        if not os.path.exists(self.path):
+            if not os.access(Path(self.path).resolve().parent, os.W_OK):
+                raise JournalError(f"journal {self.path} cannot be made: its folder cannot be written to")
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        self._claim_file()
+        uri = Path(self.path).resolve().as_uri() + "?mode=rw"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0.2, check_same_thread=False)
+        self._connection = connection
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("BEGIN EXCLUSIVE")
+        connection.execute("COMMIT")
+        fresh = self._check_kind(connection)
+        if self.look:
+            self.id = self.get("id") or ""
+            return
+        self._set_up(connection)
+        if fresh:
+            self._make(connection)
+        self._migrate(connection)
+        self._begin_session(connection)
+
+    def _check_kind(self, connection: sqlite3.Connection) -> bool:
+        """Whether the file is empty. Raises JournalError for another program's, and for a newer version's."""
+        kind, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not kind and not version and not tables and not self.look:
+            return True
+        if kind != APPLICATION_ID:
+            raise JournalError(f"journal {self.path}: this SQLite file is not a journal of obsdag")
+        if version > VERSION:
+            raise JournalError(
+                f"journal {self.path} is of version {version}; this obsdag knows versions up to {VERSION}: update it"
+            )
+        return False
+
+    def _set_up(self, connection: sqlite3.Connection) -> None:
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise JournalError(f"journal {self.path}: the file system allows no write-ahead log (it stays {mode!r})")
+        name, number = _SYNCHRONOUS[self.durability]
+        connection.execute(f"PRAGMA synchronous = {name}")
+        connection.execute("PRAGMA foreign_keys = ON")
+        if _pragma(connection, "synchronous") != number or _pragma(connection, "foreign_keys") != 1:
+            raise JournalError(f"journal {self.path}: this build of SQLite does not take synchronous={name}")
+        if self._max_pages is not None:
+            connection.execute(f"PRAGMA max_page_count = {self._max_pages}")
+
+    def _make(self, connection: sqlite3.Connection) -> None:
+        with self._transaction(connection):
+            create(connection)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute("INSERT INTO meta VALUES ('id', ?)", (secrets.token_hex(6),))
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        version = _pragma(connection, "user_version")
+        if version < VERSION:
+            self._back_up(connection, version)
+        while version < VERSION:
+            with self._transaction(connection):
+                MIGRATIONS[version](connection)
+                version += 1
+                connection.execute(f"PRAGMA user_version = {version}")
+
+    def _back_up(self, connection: sqlite3.Connection, version: int) -> None:
+        target = f"{self.path}.v{version}.bak"
+        copy = sqlite3.connect(target)
+        try:
+            connection.backup(copy)
+        finally:
+            copy.close()
+
+    def _begin_session(self, connection: sqlite3.Connection) -> None:
+        self.id = self.get("id") or ""
+        self.crashes = int(self.get("crashes") or 0)
+        if self.get("open"):
+            self.crashes += 1
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise JournalError(f"journal {self.path} is damaged ({' '.join(found.split())}): restore a backup")
+        with self._transaction(connection):
+            self.set("crashes", str(self.crashes))
+            self.set("open", str(os.getpid()))
+
+    def end_crash_streak(self) -> None:
+        """The process lives long enough not to count as one that dies at once."""
+        if self.crashes:
+            self.crashes = 0
+            with self._told("written"):
+                self.set("crashes", "0")
+
+    def close(self) -> None:
+        """Ends the session in order: the next process knows that this one did not die."""
+        if self._connection is not None and not self.look:
+            try:
+                with self._told("closed"), self._transaction(self._connection):
+                    self.set("open", "")
+                    self.set("crashes", "0")
+            finally:
+                self._give_up()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        if self._claim is not None:
+            with _open_lock:
+                _open_files.discard(self._claim)
+            self._claim = None
+
+    # --- writing
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """The open connection. Raises JournalError when the store is closed."""
+        if self._connection is None:
+            raise JournalError(f"journal {self.path} is closed")
+        return self._connection
+
+    def commit(self, rows: Sequence[Row]) -> None:
+        """Writes rows in one transaction. Raises JournalError; nothing of it is in the file then."""
+        connection = self.connection
+        with self._told("written"):
+            if len(rows) <= _SIZES[-1]:
+                insert_rows(connection, _padded(rows))
+                return
+            with self._transaction(connection):
+                for start in range(0, len(rows), _SIZES[-1]):
+                    insert_rows(connection, _padded(rows[start : start + _SIZES[-1]]))
+
+    def plan_number(self, fingerprint: str, dag: str, tasks: str) -> int:
+        """The number of a plan, entered now if it is new. tasks: JSON."""
+        with self._told("written"):
+            self.connection.execute(
+                "INSERT OR IGNORE INTO plans (fingerprint, dag, tasks) VALUES (?, ?, ?)", (fingerprint, dag, tasks)
+            )
+            found = self.connection.execute("SELECT number FROM plans WHERE fingerprint = ?", (fingerprint,))
+            return int(found.fetchone()[0])
+
+    def prune(self, ended_before: float, keep: int) -> int:
+        """Deletes ended trees: those that ended before (Unix seconds), and the oldest beyond `keep` ended contexts.
+
+        Failed ones stay, and whatever belongs to a tree that lives. Returns the number of rows.
+        """
+        with self._told("written"):
+            nth = self.connection.execute(
+                "SELECT ended FROM contexts WHERE outcome IS NOT NULL ORDER BY ended DESC LIMIT 1 OFFSET ?", (keep,)
+            ).fetchone()
+            limit = max(ended_before, nth[0] if nth is not None else ended_before)
+            return self.connection.execute(
+                "DELETE FROM contexts WHERE outcome IS NOT NULL AND outcome NOT IN ('failed', 'stalled') "
+                "AND ended <= ? "
+                "AND tree NOT IN (SELECT tree FROM contexts WHERE outcome IS NULL OR outcome IN ('failed', 'stalled'))",
+                (limit,),
+            ).rowcount
+
+    # --- reading
+
+    def rows(self, where: str = "1", values: Sequence[object] = ()) -> Iterator[Row]:
+        """Rows in order of key, each checked. Raises JournalError for one that does not match its checksum."""
+        with self._told("read"):
+            for found in self.connection.execute(f"SELECT {COLUMNS} FROM contexts WHERE {where} ORDER BY key", values):
+                row = Row._make(found)
+                if row.sum != checksum(row, row.data):
+                    where = f"row {row.key} (context {row.id!r})"
+                    raise JournalError(f"journal {self.path} is damaged: {where} does not match its checksum")
+                yield row
+
+    def next_key(self) -> int:
+        """A key above all that were used."""
+        with self._told("read"):
+            return int(self.connection.execute("SELECT coalesce(max(key), 0) FROM contexts").fetchone()[0]) + 1
+
+    def plans(self) -> dict[int, tuple[str, str, str]]:
+        """Number -> (fingerprint, dag, tasks as JSON)."""
+        with self._told("read"):
+            found = self.connection.execute("SELECT number, fingerprint, dag, tasks FROM plans").fetchall()
+        return {number: (fingerprint, dag, tasks) for number, fingerprint, dag, tasks in found}
+
+    def counts(self) -> dict[str, int]:
+        """Outcome (`living` for none) -> number of contexts."""
+        with self._told("read"):
+            found = self.connection.execute("SELECT outcome, count(*) FROM contexts GROUP BY outcome ORDER BY outcome")
+            return {outcome or "living": number for outcome, number in found}
+
+    def get(self, name: str) -> str | None:
+        """A value of `meta`."""
+        found = self.connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if found is None else found[0]
+
+    def set(self, name: str, value: str) -> None:
+        """Sets a value of `meta`, inside a transaction of the caller's if there is one."""
+        self.connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    # --- errors
+
+    @contextmanager
+    def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise JournalError(f"journal {self.path} {self._reason(doing, error)}") from error
+        except OSError as error:
+            raise JournalError(f"journal {self.path} cannot be {doing}: {error.strerror or error}") from error
+
+    def _reason(self, doing: str, error: sqlite3.Error) -> str:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return f"is in use by {_holder(self.path)}: one process at a time can have it open"
+        if code == sqlite3.SQLITE_FULL:
+            return f"cannot be {doing}: the disk is full ({error}); free some space and start again"
+        if code == sqlite3.SQLITE_READONLY:
+            return f"cannot be {doing}: the file or its folder is read-only"
+        if code == sqlite3.SQLITE_CANTOPEN:
+            return f"cannot be {doing}: the file cannot be opened; look at its permissions and its folder's"
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return f"is damaged ({error}): restore a backup"
+        return f"cannot be {doing}: {error}"
+
+
+def _padded(rows: Sequence[Row]) -> Sequence[Row]:
+    size = next(size for size in _SIZES if size >= len(rows))
+    return [*rows, *([rows[-1]] * (size - len(rows)))]
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _holder(path: str) -> str:
+    """Who holds the file, as far as the system's table of locks says."""
+    holders: set[int] = set()
+    try:
+        inodes = {os.stat(each).st_ino for each in (path, f"{path}-shm") if os.path.exists(each)}
+        with open("/proc/locks", encoding="ascii") as table:
+            for line in table:
+                fields = [field for field in line.split() if field != "->"]
+                if len(fields) > 5 and int(fields[5].rsplit(":", 1)[1]) in inodes:
+                    holders.add(int(fields[4]))
+    except (OSError, ValueError):
+        holders = set()
+    others = sorted(pid for pid in holders if pid > 0 and pid != os.getpid())
+    if others:
+        return f"process {others[0]}"
+    return "another connection of this process" if holders else "another process"
