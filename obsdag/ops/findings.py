@@ -21,7 +21,6 @@ _QUIET_S: Final = 30.0
 _SATURATED_S: Final = 10.0
 _JOIN_S: Final = 30.0
 _RANK: Final = {"bad": 0, "warn": 1, "info": 2}
-_USUAL_EVENTS: Final = ("phase", "drained")
 _MOVED_BY_OTHERS: Final = ("frozen", "source_wait", "discarded")
 
 
@@ -136,9 +135,9 @@ def _joins(state: Mapping[str, Any]) -> Iterable[Finding]:
 
 
 def _events(state: Mapping[str, Any], now: float) -> Iterable[Finding]:
-    rare = [each for each in state["events"] if each["event"] not in _USUAL_EVENTS and now - each["at"] < _RARE_S]
+    rare = [each for each in state["events"] if each["level"] == "warn" and now - each["at"] < _RARE_S]
     if rare and not state["blocked"]:
-        yield "warn", f"{rare[0]['event']} {ago(rare[0]['at'], now)}: {rare[0]['text']}", "events"
+        yield "warn", f"{rare[0]['event']} {rare[0]['text']}, {ago(rare[0]['at'], now)}", "events"
 
 
 def _well(state: Mapping[str, Any]) -> str:

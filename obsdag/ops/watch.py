@@ -28,6 +28,7 @@ __all__ = ["KEPT", "Rates", "Sample", "Watch"]
 KEPT: Final = 50
 """Failures, events and traces that are remembered, the newest."""
 _TEXT: Final = 500
+_LONG_S: Final = 1.0  # a loop that was blocked for less is worth a line in the list, and no warning on top of the page
 _WINDOW_S: Final = 10.0
 _SPACING_S: Final = 0.9
 
@@ -125,15 +126,18 @@ class Watch(Observer):
         """Counts what was turned away."""
         self.rejected[reason] += 1
 
-    def _event(self, what: str, text: str) -> None:
-        self.events.append({"at": time.time(), "event": what, "text": self.redacted(text)})
+    def _event(self, what: str, text: str, detail: str = "", level: str = "warn") -> None:
+        head = {"at": time.time(), "event": what, "level": level}
+        self.events.append({**head, "text": self.redacted(text), "detail": self.redacted(detail)})
 
     def loop_blocked(self, execution: Execution | None, blocked_s: float, stack: str) -> None:
         """Who keeps the event loop from turning."""
         now = time.monotonic()
         self._blocked = (now - blocked_s, now, execution.task.id if execution is not None else "")
-        who = f"task {execution.task.id!r} on {execution.context.id}: " if execution is not None else ""
-        self._event("event loop blocked", f"{blocked_s:.1f} s, {who}{stack}")
+        who = f", by task {execution.task.id!r} on {execution.context.id}" if execution is not None else ""
+        self._event(
+            "event loop blocked", f"for {blocked_s:.1f} s{who}", stack, "warn" if blocked_s >= _LONG_S else "info"
+        )
 
     def blocked_for(self, now: float) -> tuple[float, str]:
         """Of a loop that is blocked: seconds since when, and by which task, as far as the watchdog knows."""
@@ -143,7 +147,7 @@ class Watch(Observer):
 
     def pool_rebuilt(self, pool: str, reason: str) -> None:
         """A worker process died."""
-        self._event("pool rebuilt", f"{pool}: {reason}")
+        self._event("pool rebuilt", f"({pool}): {reason}")
 
     def thread_abandoned(self, thread: str, task: str, running_s: float) -> None:
         """A thread does not come back."""
@@ -151,7 +155,7 @@ class Watch(Observer):
 
     def task_restarted(self, task: Task, kind: str, error: BaseException | None) -> None:
         """A stream or service is made anew."""
-        self._event(f"{kind} restarted", f"task {task.id!r}: {error!r}" if error is not None else f"task {task.id!r}")
+        self._event(f"{kind} restarted", f"of task {task.id!r}{'' if error is None else f': {error!r}'}")
 
     def cleanup_failed(self, what: str, error: BaseException) -> None:
         """A shutdown hook raised."""
@@ -159,13 +163,13 @@ class Watch(Observer):
 
     def phase_changed(self, phase: str, now: float) -> None:
         """A serving period goes on to its next phase."""
-        self._event("phase", phase)
+        self._event("phase", phase, level="info")
 
     def drain_finished(self, manifest: dict[str, Any], now: float) -> None:
         """What a drain cancelled."""
         names = ", ".join(str(each["id"]) for each in manifest["cancelled"][:10])
         text = f"{manifest['finished']} finished, {len(manifest['cancelled'])} cancelled in {manifest['seconds']:.1f} s"
-        self._event("drained", f"{text}: {names}" if names else text)
+        self._event("drained", f"{text}: {names}" if names else text, level="warn" if names else "info")
 
     def _trace_kept(self, kept: Kept) -> None:
         """Told of what tracing exports, on its own thread."""

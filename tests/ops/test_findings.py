@@ -79,8 +79,8 @@ def test_all_is_well_once_and_only_then() -> None:
             ("warn", "A join has waited for 1 min 1 s: gather of c-1"),
         ),
         (
-            {"events": [{"at": NOW - 120, "event": "pool rebuilt", "text": "process: killed"}]},
-            ("warn", "pool rebuilt 2 min 0 s ago: process: killed"),
+            {"events": [{"at": NOW - 120, "level": "warn", "event": "pool rebuilt", "text": "(process): killed"}]},
+            ("warn", "pool rebuilt (process): killed, 2 min 0 s ago"),
         ),
     ],
 )

@@ -113,13 +113,13 @@ export class Graph {
     const button = el("button", { type: "button", class: `box${box.group ? " group" : ""}`, onclick: () => this.press(box) });
     button.parts = {
       name: el("span", { class: "box-name" }, short(box.name, this.prefix)),
-      kind: el("span", { class: "box-kind" }, box.group ? `${count(box.members.length)} tasks` : this.kind(box.members[0])),
+      kind: el("span", { class: "box-kind" }, this.kind(box.members[0])),
       now: el("span", { class: "box-now" }),
       pace: el("span", { class: "box-pace" }),
       bad: el("span", { class: "box-bad" }),
     };
     const { name, kind, now, pace, bad } = button.parts;
-    const [first, last] = box.group ? [[name], [pace, kind, bad]] : [[name, kind], [pace, bad]];
+    const [first, last] = box.group ? [[name], [pace, bad]] : [[name, kind], [pace, bad]];
     button.append(el("span", { class: "box-row" }, ...first), now, el("span", { class: "box-row" }, ...last));
     const { width, height } = this.form;
     Object.assign(button.style, { left: `${x - width / 2}px`, top: `${y - height / 2}px`, width: `${width}px`, height: `${height}px` });
@@ -192,14 +192,15 @@ export class Graph {
     if (numbers.running) bits.push(`${count(numbers.running)} running`);
     if (numbers.waiting) bits.push(`${count(numbers.waiting)} waiting`);
     text(now, bits.join(" \u00b7 ") || (numbers.done ? `${count(numbers.done)} done` : "not used yet"));
-    text(pace, numbers.rate ? `${rate(numbers.rate)} \u00b7 p95 ${duration(numbers.p95)}` : numbers.done ? `${count(numbers.done)} done` : "");
+    const size = button.box.group ? `${count(button.box.members.length)} tasks` : "";
+    const paced = numbers.rate ? `${rate(numbers.rate)} \u00b7 p95 ${duration(numbers.p95)}` : bits.length && numbers.done ? `${count(numbers.done)} done` : "";
+    text(pace, size ? [numbers.rate ? rate(numbers.rate) : "", size].filter(Boolean).join(" \u00b7 ") : paced);
     text(bad, numbers.failed ? `\u2715 ${count(numbers.failed)}` : "");
     const failing = button.box.members.some(trouble);
     button.classList.toggle("failing", failing);
     button.classList.toggle("running", !failing && numbers.running > 0);
     button.classList.toggle("waiting", !failing && !numbers.running && numbers.waiting > 0);
     button.classList.toggle("unused", !numbers.running && !numbers.waiting && !numbers.done);
-    if (!numbers.rate && !bits.length) text(pace, "");
     const said = [button.box.name, now.textContent, pace.textContent, numbers.failed ? `${count(numbers.failed)} failed` : ""];
     button.title = said.filter(Boolean).join("\n");
     button.setAttribute("aria-label", said.filter(Boolean).join(", "));

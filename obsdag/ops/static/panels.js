@@ -49,7 +49,7 @@ export function tiles(state, history, now) {
     { name: "Entering", value: rate(state.rate.entered), note: `${count(counts.entered)} so far`, trend: trend("in") },
     { name: "Finishing", value: rate(state.rate.ended), note: `${count(counts.output)} outputs`, trend: trend("out") },
     { name: "Living", value: count(state.living), note: `of ${count(capacity.live_contexts)} at most`, trend: trend("living") },
-    { name: "Queued and pending", value: count(backlog), note: state.serving ? `${count(state.pending)} pending of ${count(capacity.pending)}` : "waiting for a worker", trend: trend("backlog"), level: backlog > 0 && state.workers.busy >= capacity.workers ? "warn" : "" },
+    { name: "Queued", value: count(backlog), note: state.serving ? `${count(state.pending)} pending of ${count(capacity.pending)}` : "waiting for a worker", trend: trend("backlog"), level: backlog > 0 && state.workers.busy >= capacity.workers ? "warn" : "" },
     { name: "Workers busy", value: `${count(state.workers.busy)} / ${count(capacity.workers)}`, note: "" },
     { name: "Failed or stalled", value: count(bad), note: bad ? `${count(counts.failed)} failed, ${count(counts.stalled)} stalled` : "none", level: bad ? "bad" : "" },
     { name: "Oldest root", value: oldest ? duration(oldest.age_s) : "\u2013", note: oldest ? `at ${oldest.tasks[0]}` : "nothing is under way" },
@@ -159,7 +159,8 @@ export function slowest(state, task, jaeger) {
   text($("slowest-note"), found.length ? "and where their time went" : "");
   const make = (each) => {
     const parts = { id: span("mono"), age: span(), bar: el("div", { class: "bar", role: "img" }), at: span(), most: span() };
-    return entry(parts, el("div", { class: "line" }, parts.id, parts.age), parts.bar, el("div", { class: "under" }, parts.at, parts.most, traceLink(jaeger, each.trace_id)));
+    const link = traceLink(jaeger, each.trace_id);
+    return entry(parts, el("div", { class: "line" }, el("span", {}, parts.id, " ", link ?? ""), parts.age), parts.bar, el("div", { class: "under" }, parts.at, parts.most));
   };
   fill("slowest-list", found, "Nothing is under way.", (each) => each.context, make, ({ parts }, each) => {
     text(parts.id, each.context);
@@ -183,7 +184,7 @@ export function workers(state, task) {
     const what = each.tasks.length ? each.tasks.join(", ") : "between tasks";
     if (parts.what.said !== `${each.n}${what}${each.context}`) {
       parts.what.said = `${each.n}${what}${each.context}`;
-      parts.what.replaceChildren(el("span", { class: "mono" }, `${each.n} `), el("b", {}, what), " ", el("span", { class: "mono" }, each.context));
+      parts.what.replaceChildren(el("span", { class: "mono number" }, String(each.n)), el("b", {}, what), " ", el("span", { class: "mono" }, each.context));
     }
     text(parts.age, duration(each.for_s));
   });
@@ -224,6 +225,7 @@ export function traces(state, now, jaeger) {
 export function events(state, now) {
   fill("events-list", state.events, "None.", (each) => `${each.at}${each.text}`, (each) => {
     const parts = { age: el("span", { title: clock(each.at) }) };
-    return entry(parts, el("div", { class: "line" }, el("b", {}, each.event), parts.age), el("div", { class: "said" }, each.text));
+    const detail = each.detail ? el("div", { class: "under mono" }, each.detail) : "";
+    return entry(parts, el("div", { class: "line" }, el("span", {}, el("b", {}, each.event), ` ${each.text}`), parts.age), detail);
   }, ({ parts }, each) => text(parts.age, ago(each.at, now)));
 }
