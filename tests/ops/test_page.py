@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from obsdag import DAG, Context, Executor, ExecutorConfig
 from obsdag.ops import start_ops_server
@@ -17,6 +20,7 @@ from tests.ops.web import goes_on, one_task, service
 
 pytestmark = [pytest.mark.e2e, needs_chromium]
 
+LINKS = "() => [...document.querySelectorAll('.list a[target]')].map((a) => `${a.href} ${a.rel}`)"
 FOUND = "() => [...document.querySelectorAll('#findings li')].map((li) => li.className + ': ' + li.innerText)"
 
 
@@ -47,6 +51,51 @@ async def test_it_shows_a_run_as_it_goes_a_waiting_join_and_a_failure(tmp_path: 
     assert "<b>bold</b> & refused" in failures, "texts from users are shown as they are, and are not markup"
     assert any("failed within a minute, the last at score_risk: ConnectionError" in each for each in findings)
     assert len(shot) > 20_000
+
+
+async def test_failures_and_kept_traces_lead_to_jaeger() -> None:
+    tracing = {"mode": "deferred", "processors": [SimpleSpanProcessor(InMemorySpanExporter())], "sample": 0.0}
+    executor = service(_refusing(), telemetry=telemetry(**tracing))
+    with start_ops_server(executor, port=0, interval_s=0.25, jaeger_url="http://127.0.0.1:16686/jaeger/") as ops:
+        async with executor, chromium() as browser:
+            await executor.submit({})
+            async with visit(browser, ops.url) as seen:
+                await seen.until(
+                    "() => document.querySelector('#traces-list a') && document.querySelector('#failures-list a')"
+                )
+                links = await seen.page.evaluate(LINKS)
+
+    assert len(set(links)) == 1, "both lists lead to the same trace"
+    assert re.fullmatch(r"http://127\.0\.0\.1:16686/jaeger/trace/[0-9a-f]{32} noopener noreferrer", links[0])
+
+
+def _refusing() -> DAG:
+    async def refuses(ctx: Context) -> Context:
+        raise ValueError("refused")
+
+    return one_task(refuses)
+
+
+async def test_a_server_that_goes_and_comes_back_is_told_and_found_again() -> None:
+    executor = service(one_task(goes_on))
+    ops = start_ops_server(executor, port=0, interval_s=0.25)
+    async with executor, chromium() as browser, visit(browser, ops.url) as seen:
+        try:
+            await seen.until("() => document.querySelector('#live').innerText === 'live'")
+            ops.close()
+            await seen.until("() => document.querySelector('#live').innerText.startsWith('no update for')")
+            assert await seen.page.evaluate("() => document.body.classList.contains('stale')")
+            ops = start_ops_server(executor, port=ops.port, interval_s=0.25)
+            await seen.until("() => document.querySelector('#live').innerText === 'live'")
+            await executor.execute({})
+            await seen.until("() => document.querySelector('#tasks-body td:nth-child(4)').innerText === '1'")
+        finally:
+            ops.close()
+        assert {each for each in seen.complaints if "ERR_CONNECTION_REFUSED" not in each} <= _BROKEN_STREAM
+        seen.complaints.clear()
+
+
+_BROKEN_STREAM = {"error: Failed to load resource: net::ERR_INCOMPLETE_CHUNKED_ENCODING"}
 
 
 async def test_a_stalled_context_is_named_with_what_it_misses() -> None:

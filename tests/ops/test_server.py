@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import subprocess
+import sys
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -116,3 +120,30 @@ def test_closing_twice_is_harmless_and_ends_open_connections() -> None:
 def test_other_machines_are_served_only_with_a_token(host: str) -> None:
     with pytest.raises(ConfigError, match="give a token"):
         start_ops_server(port=0, host=host)
+
+
+def test_without_h11_the_standalone_server_says_what_to_install_and_mounting_works() -> None:
+    code = """
+import sys
+sys.modules["h11"] = None
+from obsdag import ConfigError
+from obsdag.ops import create_app, start_ops_server
+create_app()
+try:
+    start_ops_server(port=0)
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "start_ops_server needs the package h11: pip install 'obsdag[ops]'\n"
+
+
+def test_the_page_is_in_the_wheel(tmp_path: Path) -> None:
+    from hatchling.builders.wheel import WheelBuilder
+
+    (wheel,) = WheelBuilder(str(Path(__file__).parents[2])).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as packed:
+        files = {name for name in packed.namelist() if name.startswith("obsdag/ops/static/")}
+
+    assert {"obsdag/ops/static/index.html", "obsdag/ops/static/app.js", "obsdag/ops/static/page.css"} <= files
