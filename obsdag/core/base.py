@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
 
-__all__ = ["RunBase", "Step", "more_of"]
+__all__ = ["RunBase", "Step", "alive", "more_of"]
 
 Step = tuple[int, int, int, tuple[tuple[int, int], ...]]
 """A task's bit; the index of the only task below it, if nothing but this one is above that, else 0 (the source's); the
@@ -48,6 +48,11 @@ def _nobody(_: object) -> None:
 
 def _nothing() -> None:
     """What a nudge does until the shell says what."""
+
+
+def alive(context: Context) -> bool:
+    """Whether it has not ended, nor is only kept readable until the run ends (E11)."""
+    return context._outcome is None and context._state != _DISCARDED
 
 
 def more_of(context: Context) -> More:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obsdag.context import Context
-from obsdag.core.base import _DISCARDED, more_of
+from obsdag.core.base import _DISCARDED, alive, more_of
 from obsdag.core.progress import Progress
 from obsdag.core.records import Execution, Lend, More, Stall
 from obsdag.errors import TaskError
@@ -145,9 +145,9 @@ class Joins(Progress):
         if len(branches) > 1 or any(not lend.mapped for lend in branches):  # a map's enter in order of creation
             mine = set(children)
             children = [child for child in parent._children or () if child in mine]
-        arrived = [child for child in children if child._outcome is None]
+        arrived = [child for child in children if alive(child)]
         failed = [child for child in children if child._outcome == "failed"]
-        dropped = [child for child in children if child._outcome == "dropped"]
+        dropped = [child for child in children if "dropped" in (child._outcome, more_of(child).pending_end)]
         return arrived, failed, dropped
 
     def _joining(self, parent: Context, index: int) -> list[Lend]:
@@ -159,14 +159,14 @@ class Joins(Progress):
         going_on = {id(context) for context in returned}
         branches = self._joining(parent, index)
         for child in [child for lend in branches for child in lend.children]:
-            if child._outcome is None:
+            if alive(child):
                 if id(child) in going_on:
                     self._unarrive(child, now)
                 else:
                     self._end(child, "merged", now)
         for lend in branches:
             if parent._outcome is None:
-                self._close_lend(parent, lend, index, now)
+                self._close_lend(parent, lend, index, now, returned=parent in returned)
             lend.children.clear()
 
     def _leave_line(self, more: More) -> None:
@@ -176,15 +176,19 @@ class Joins(Progress):
         self._leave_join(more.lend, more.arrived_at)
         more.lend.parent._holds += 1
 
-    def _unarrive(self, child: Context, now: float) -> None:
-        """The join returned the child: it leaves the branch."""
+    def _unarrive(self, child: Context, now: float, leaves: bool = True) -> None:
+        """A child is returned while it waits at a join: it `leaves` its branch if the join is completed for it, else it
+        comes back there when nothing else of it lives.
+        """
         more = more_of(child)
-        if more.arrived and more.lend is not None:
-            self._leave_line(more)
-            more.lend.living -= 1
-        more.arrived_at = -1
-        more.lend = None
-        self._recompute_parked(child)
+        if more.lend is not None:
+            if more.arrived:
+                self._leave_line(more)
+            more.lend.living -= leaves
+        if leaves:
+            more.arrived_at = -1
+            more.lend = None
+            self._recompute_parked(child)
 
     # --- the last hold is lost (C6)
 
@@ -205,13 +209,29 @@ class Joins(Progress):
         if more is not None:
             if more.arrived:
                 return
-            if more.arrived_at >= 0 and more.lend is not None and more.lend.parent._outcome is None:
+            if more.arrived_at >= 0 and more.lend is not None and self._awaits(more):
                 self._arrive(context, more.lend, now)
                 return
             if more.lends:
                 self._settle_lends(context, more.lends, now)
                 return
         self._stall(context, self._diagnose(context), now)
+
+    def _awaits(self, more: More) -> bool:
+        """Whether a child at a join is waited for: its branch was not handed back, and nothing of its own lives."""
+        lend = more.lend
+        assert lend is not None
+        lends = more_of(lend.parent).lends or {}
+        own = (more.lends or {}).values()
+        return alive(lend.parent) and lends.get(lend.index) is lend and not any(each.living for each in own)
+
+    def _close_lend(self, parent: Context, lend: Lend, last: int, now: float, returned: bool = True) -> None:
+        """Nobody will join those that wait at a join of the branch now: they are evaluated again (E8)."""
+        super()._close_lend(parent, lend, last, now, returned)
+        for child in lend.children if lend.arrived else ():
+            if child._outcome is None and more_of(child).arrived:
+                self._unarrive(child, now, leaves=False)
+                self._work.append(child)
 
     def _settle_lends(self, context: Context, lends: dict[int, Lend], now: float) -> None:
         """No child lives that still moves: a join fires, or the branch was not handed back, or it never will be."""
@@ -251,7 +271,7 @@ class Joins(Progress):
             reason = "the join waits for upstreams of its parent that will never complete"
         else:
             reason = f"children of one branch wait at different joins: {', '.join([task, *elsewhere])}"
-        waiting = [child for child in lend.children if child._outcome is None]
+        waiting = [child for child in lend.children if alive(child)]
         self._stall(parent, Stall(parent, task, missing, reason), now)
         for child in waiting:
             if child._outcome is None:

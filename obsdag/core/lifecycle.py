@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obsdag.context import OutputContext
-from obsdag.core.base import _DISCARDED, _KIND_INDEX, _OUTCOME_INDEX, _QUEUED, _RUNNING, RunBase, more_of
+from obsdag.core.base import _DISCARDED, _KIND_INDEX, _OUTCOME_INDEX, _QUEUED, _RUNNING, RunBase, alive, more_of
 from obsdag.core.queue import CONTINUING, IDLE, NEW, QUEUED, VISITED
 from obsdag.core.records import Failure, Lend, Scope, Stall
 from obsdag.core.states import STATES
@@ -19,7 +19,7 @@ from obsdag.errors import ContextError, DeadlineExceeded
 
 if TYPE_CHECKING:
     from obsdag.context import Context
-    from obsdag.core.records import Execution
+    from obsdag.core.records import Execution, More
 
 __all__ = ["Lifecycle"]
 
@@ -76,12 +76,21 @@ class Lifecycle(RunBase):
                 self.facts.tasks_bypassed(context, bypassed.bit_count(), now)
             return
         maker = execution.context._more
-        if maker is not None and maker.skipped:  # what a router left out stays out for what is made below it
-            more = more_of(context)
-            more.skipped = maker.skipped & ~done
-            more.dead = dict(maker.dead or {})
-            done |= maker.skipped
+        if maker is not None and maker.dead:
+            done |= self._inherit_routes(more_of(context), maker.dead, done)
         self._enter(context, "child" if context._parent else "made", done, self._all_ready(done), now)
+
+    def _inherit_routes(self, more: More, dead: dict[int, int], done: int) -> int:
+        """What a router above the maker left out stays out for what is made below it; the others choose anew."""
+        plan = self.plan
+        more.dead = {}
+        for below in sorted(dead):
+            closed = dead[below] & (done | more.skipped)
+            if closed:
+                more.dead[below] = closed
+                if closed == plan.up[below] and not done & plan.bit[below]:
+                    more.skipped |= plan.bit[below]
+        return more.skipped
 
     def _ready_below(self, index: int, done: int) -> int:
         plan, ready = self.plan, 0
@@ -313,7 +322,7 @@ class Lifecycle(RunBase):
 
     def _keep_discarded(self, context: Context, outcome: str, now: float) -> None:
         more = more_of(context)
-        more.pending_end = outcome
+        more.pending_end, more.plain = outcome, False
         if context._scope is not None:
             self._leave_scope(context._scope)
         context._ready = context._parked = 0
@@ -362,7 +371,7 @@ class Lifecycle(RunBase):
         """Ends all living descendants as cancelled, nearest first."""
         pending = list(context._children or ())
         for child in pending:  # grows while it is walked
-            if child._run is self and child._outcome is None:
+            if child._run is self and alive(child):
                 more_of(child).reason = "cascade"
                 if self.facts.context_destroyed is not None:
                     self.facts.context_destroyed(child, None, "cascade", now)
@@ -376,7 +385,7 @@ class Lifecycle(RunBase):
             return
         for lend in more.lends.values():
             for child in list(context._children or ()):
-                if child._outcome is None and child._more is not None and child._more.lend is lend:
+                if child._more is not None and child._more.lend is lend and alive(child):
                     self._end(child, "cancelled", now)
                     self._cascade(child, now)
 
@@ -437,16 +446,20 @@ class Lifecycle(RunBase):
             if lend.keeps:
                 lend.children.append(child)
 
-    def _close_lend(self, parent: Context, lend: Lend, last: int, now: float) -> None:
-        """The branch is handed back at task `last`: it, the lending task and those between are completed (C5)."""
+    def _close_lend(self, parent: Context, lend: Lend, last: int, now: float, returned: bool = True) -> None:
+        """The branch is handed back at task `last`: it, the lending task and those between are completed (C5).
+
+        Not `returned` (by a join): what was between is completed, and its own result says what becomes of the parent.
+        """
         plan, more = self.plan, more_of(parent)
         assert more.lends is not None
         more.lends.pop(lend.index, None)
         between = plan.descendants[lend.index] & plan.ancestors[last]
-        parent._done |= plan.bit[lend.index] | plan.bit[last] | between
+        newly, ready = between | plan.bit[lend.index] | (plan.bit[last] if returned else 0), 0
+        parent._done |= newly
+        parent._ready &= ~newly
         self._recompute_parked(parent)
-        newly, ready = plan.bit[lend.index] | between | plan.bit[last], 0
-        blocked = parent._done | parent._running | parent._parked | parent._ready
+        blocked = plan.bit[last] | parent._done | parent._running | parent._parked | parent._ready
         while newly:
             low = newly & -newly
             newly ^= low

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Final
 
 from obsdag.context import Context
-from obsdag.core.base import _RUNNING, more_of
+from obsdag.core.base import _DISCARDED, _RUNNING, more_of
 from obsdag.core.records import Execution
 from obsdag.core.waits import Waits
 from obsdag.plan import indices
@@ -64,7 +64,7 @@ class Progress(Waits):
             self._keep_record(execution)
         if self.facts.execution_finished is not None:
             self.facts.execution_finished(execution, outcome, error, now)
-        if context._outcome is not None and not context._running:
+        if not context._running and (context._outcome is not None or context._state == _DISCARDED):
             self._work.append(context)
 
     def _keep_record(self, execution: Execution) -> None:
@@ -122,6 +122,7 @@ class Progress(Waits):
         for _, below in closed:
             if not plan.bit[below] & context._done and not plan.up[below] & ~(context._done | plan.bit[index]):
                 waiting |= plan.bit[below]
+        waiting &= ~(context._running | context._parked | context._ready)
         if waiting:
             context._done |= plan.bit[index]
             self._release(context, waiting, now)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from obsdag.context import Context, LoopContext
 from obsdag.core.base import _DISCARDED, more_of
 from obsdag.core.joins import Joins
-from obsdag.core.queue import IDLE, LOOP
+from obsdag.core.queue import IDLE, LOOP, QUEUED
 from obsdag.core.records import Execution, Lend, More, Pull
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Sources(Joins):
         pull.queued_at = now
         self.queue.loop.append(pull.marker)
         if context._place == IDLE:
-            self._restate(context, now)
+            self._schedule(context, now)  # it may have given its own context
 
     def pull_ended(self, execution: Execution, pull: Pull, now: float) -> None:
         """The generator ended: a loop's input is split (or dropped if nothing came), a map waits for its children."""
@@ -271,31 +271,39 @@ class Sources(Joins):
     def _complete_other(self, other: Context, execution: Execution, now: float) -> bool:
         """A task returned a context that was in the run already; True if a branch was handed back to it (C5)."""
         context, index = execution.context, execution.index
+        if other._more is not None and other._more.lends:
+            self._touched.extend(other._more.lends.values())  # a join may have waited for this
         lend = self._lend_between(other, context)
         if other._outcome is not None or other._state == _DISCARDED:
             return lend is not None and bool(other._done & self.plan.bit[index])
         if lend is not None and other._more is not None and other._more.lends and lend in other._more.lends.values():
+            self._wait_no_more(other, index, now)
             self._close_lend(other, lend, index, now)
-            self._schedule(other, now)
-            if self.facts.context_changed is not None:
-                self.facts.context_changed(other, now)
+            self._place_anew(other, now)
             return True
         more = other._more
         kept_at = more.kept_at if more is not None else -1
-        if more is not None and more.arrived and not other._done & self.plan.bit[index]:
-            self._leave_line(more)  # it arrives again when nothing else of it lives
+        if more is not None and more.arrived_at >= 0:
+            self._unarrive(other, now, leaves=more.arrived_at == index)
         if kept_at >= 0 and more is not None:
             more.kept_at = -1
             self._complete(other, kept_at, now)
         if other._outcome is None and not other._done & self.plan.bit[index]:
+            self._wait_no_more(other, index, now)
             other._ready &= ~self.plan.bit[index]
             self._complete(other, index, now)
         if kept_at >= 0:
             self.thaw(other, now)
+        self._place_anew(other, now)
+        return lend is not None or self._is_ancestor(other, context)
+
+    def _place_anew(self, other: Context, now: float) -> None:
+        """What was ready may have been completed: then it waits for no worker any more."""
+        if other._place == QUEUED and not other._ready:
+            self.queue.forget(other)
         self._schedule(other, now)
         if self.facts.context_changed is not None:
             self.facts.context_changed(other, now)
-        return lend is not None or self._is_ancestor(other, context)
 
     def _lend_between(self, ancestor: Context, context: Context) -> Lend | None:
         """The lent branch of `ancestor` that `context` descends through, None if it does not."""

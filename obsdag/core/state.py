@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from obsdag.context import Context, LoopContext, OutputContext, RateLimitContext, StopContext
-from obsdag.core.base import _DISCARDED, _RUNNING, more_of
+from obsdag.core.base import _DISCARDED, _RUNNING, alive, more_of
 from obsdag.core.critical import critical_path
 from obsdag.core.queue import IDLE, VISITED
 from obsdag.core.records import CriticalStep, Execution
@@ -237,6 +237,8 @@ class RunState(Sources):
             else:
                 self._route(context, index, chosen, now)
                 self._complete(context, index, now)
+                if context._more is not None and context._more.lends:
+                    self._touched.extend(context._more.lends.values())
             self._schedule(context, now)
         self._settle_all(now)
 
@@ -248,7 +250,7 @@ class RunState(Sources):
         if execution.cancelling:
             return
         self.cause = execution
-        if self.plan.joins & self.plan.bit[index] and context._more is not None:
+        if delay is None and self.plan.joins & self.plan.bit[index] and context._more is not None:
             self._joined(context, index, returned, now)
         kept = context._outcome is None and context._state != _DISCARDED
         if kept and output is not None:
@@ -301,8 +303,8 @@ class RunState(Sources):
             if item is context:
                 continue
             if item._run is self:
+                made |= item._outcome is None and item._state != _DISCARDED
                 handed |= self._complete_other(item, execution, now)
-                made = True
             elif item._outcome is None and not self._orphaned(item):
                 is_child = item._parent is context and context._outcome is None and not own
                 if is_child:
@@ -387,7 +389,7 @@ class RunState(Sources):
         context, index = execution.context, execution.index
         execution.abandoned = False
         self._release_grant(execution, now)
-        if execution.retry_at is not None and context._outcome is None and context._state != _DISCARDED:
+        if execution.retry_at is not None and alive(context) and more_of(context).retry & self.plan.bit[index]:
             self._unpark(context, more_of(context), index, "retry")
             self._wait_for(context, index, execution.retry_at, "retry", now)
             self._schedule(context, now)
@@ -455,7 +457,7 @@ class RunState(Sources):
 
     def cancel(self, context: Context, now: float) -> None:
         """Ends the context and its descendants as cancelled (a ticket's `cancel`)."""
-        if context._outcome is None:
+        if alive(context):
             self._end(context, "cancelled", now)
             self._cascade(context, now)
             self._settle_all(now)

@@ -105,6 +105,23 @@ class Waits(Lifecycle):
         more.timers[index] = self.timers.set(when, self._timer_fired, (context, index, kind))
         self.dirty = True
 
+    def _wait_no_more(self, context: Context, index: int, now: float) -> None:
+        """The task was completed for the context by another's execution: what it waits for or has reserved is given
+        back.
+        """
+        more, bit = context._more, self.plan.bit[index]
+        if more is None:
+            return
+        request = more.requests.pop(index, None) if more.requests else None
+        timer = more.timers.pop(index, None) if more.timers else None
+        if timer is not None:
+            self.timers.cancel(timer)
+        if request is not None:
+            self.waiting_limits -= 1 if more.limit & bit else 0
+            self.closings.extend(self.runtime.limits.release(request, now, unused=True))
+        if (more.limit | more.retry) & bit:
+            self._unpark(context, more, index, "limit" if more.limit & bit else "retry")
+
     def _offer_again(self, context: Context, index: int) -> None:
         bit = self.plan.bit[index]
         if not context._running & bit and (not context._done & bit or self.plan.joins & bit):
