@@ -458,6 +458,7 @@ class Lifecycle(RunBase):
         newly, ready = between | plan.bit[lend.index] | (plan.bit[last] if returned else 0), 0
         parent._done |= newly
         parent._ready &= ~newly
+        newly |= parent._done & lend.mask  # what was completed meanwhile released nothing below it
         self._recompute_parked(parent)
         blocked = plan.bit[last] | parent._done | parent._running | parent._parked | parent._ready
         while newly:

@@ -184,7 +184,7 @@ class Sources(Joins):
         pull.queued_at = now
         self.queue.loop.append(pull.marker)
         if context._place == IDLE:
-            self._schedule(context, now)  # it may have given its own context
+            self._restate(context, now)
 
     def pull_ended(self, execution: Execution, pull: Pull, now: float) -> None:
         """The generator ended: a loop's input is split (or dropped if nothing came), a map waits for its children."""

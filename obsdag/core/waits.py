@@ -70,6 +70,8 @@ class Waits(Lifecycle):
     def _permit_for(self, context: Context, index: int, now: float) -> None:
         """The permits that a task waited for are there: it is ready."""
         self._offer_again(context, index)
+        if context in self._freezes:
+            self._unreserve(context, now)
         self._schedule(context, now)
 
     def rearm(self, at: float) -> None:
@@ -163,7 +165,20 @@ class Waits(Lifecycle):
         """No new execution starts on the context; the freeze holds it."""
         if context._outcome is None and context._state != _DISCARDED and context not in self._freezes:
             self._note_freeze(context, True, now)
+            self._unreserve(context, now)
             self._restate(context, now)
+            self._settle_all(now)
+
+    def _unreserve(self, context: Context, now: float) -> None:
+        """A frozen context keeps no permit from others: it asks again when it is thawed. Else contexts that wait for
+        its permits, and the run that waits for them, could wait for ever (E8).
+        """
+        more = context._more
+        if more is not None and more.requests:
+            for index, request in list(more.requests.items()):
+                if not more.limit & self.plan.bit[index]:
+                    del more.requests[index]
+                    self.closings.extend(self.runtime.limits.release(request, now, unused=True))
 
     def thaw(self, context: Context, now: float) -> None:
         """Ends the freeze: what was kept undecided is dropped, the rest goes on."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from obsdag.context import Context
 from obsdag.core.records import Execution, Pull
-from obsdag.errors import TaskError
+from obsdag.errors import ObsdagError, TaskError
 from obsdag.limits import MAKE
 from obsdag.runners import JoinChildren
 from obsdag.tasks.base import Environment, Task
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from obsdag.graph import DAG
     from obsdag.testing.simulation import Simulation
 
-__all__ = ["HANDED", "Bodies", "Body", "Opened"]
+__all__ = ["HANDED", "Bodies", "Body", "Opened", "SimulationError"]
 
 Body = Generator[Any, Any, Any]
 HANDED: Any = object()
 _END: Any = object()
+
+
+class SimulationError(ObsdagError):
+    """The simulation cannot go on: the message says what is missing, or what everything waits for."""
 
 
 class Opened:
@@ -108,8 +112,6 @@ class Bodies:
     def _served(self, execution: Execution) -> Body:
         function = self.stand_ins.get(execution.task.id)
         if function is None:
-            from obsdag.testing.simulation import SimulationError
-
             raise SimulationError(f"service {execution.task.id!r} needs a stand-in: a function of the context")
         yield HANDED
         result = function(execution.context)

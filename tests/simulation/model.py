@@ -94,6 +94,7 @@ class Node:
     number: int
     completed: set[int]
     choices: dict[int, set[int]] = field(default_factory=dict)
+    left_out: set[int] = field(default_factory=set)  # skipped on its maker, by routers above
     children: list[Node] = field(default_factory=list)
     executions: dict[int, Any] = field(default_factory=dict)
     waiting: dict[int, float | None] = field(default_factory=dict)  # task -> when it is due; None: not known
@@ -148,12 +149,14 @@ class Model:
     # --- what a context's progress is (C4)
 
     def dead(self, node: Node, skipped: set[int], above: int, below: int) -> bool:
-        return above in skipped or (above in node.choices and below not in node.choices[above])
+        return (
+            above in skipped or above in node.left_out or (above in node.choices and below not in node.choices[above])
+        )
 
     def skipped(self, node: Node) -> set[int]:
         """A task whose every in-edge is dead is skipped."""
         found: set[int] = set()
-        if node.choices:
+        if node.choices or node.left_out:
             for task in range(1, len(self.graph.ups)):
                 ups = self.graph.ups[task]
                 if task not in node.completed and all(self.dead(node, found, up, task) for up in ups):
@@ -267,7 +270,17 @@ class Model:
             return self.enter(context, above | self.graph.bypass(task))
         node = self.enter(context, above | {0})
         node.choices = {router: set(chosen) for router, chosen in maker.choices.items() if router in above}
+        node.left_out = {t for t in self.skipped(maker) if self._left_out_above(maker, t, above)}
         return node
+
+    def _left_out_above(self, maker: Node, task: int, above: set[int]) -> bool:
+        """Whether it is skipped on the maker whatever the routers that are not in `above` choose."""
+        chosen = maker.choices
+        maker.choices = {router: into for router, into in chosen.items() if router in above}
+        try:
+            return task in self.skipped(maker)
+        finally:
+            maker.choices = chosen
 
     def end(self, node: Node, outcome: str) -> None:
         """One outcome; what it waited for and had reserved is given back; its executions are cancelled."""
@@ -376,15 +389,15 @@ class Model:
             over = not branch.open and not any(c.living for c in branch.children) and self._join_of(branch) is None
             if not over:
                 return False  # one of the branches that meet here is not there yet
-        inside = {branch.task for branch in branches}.union(*(self.graph.desc[branch.task] for branch in branches))
+        inside = {branch.task for branch in meeting}.union(*(self.graph.desc[branch.task] for branch in meeting))
         done = parent.completed | self.skipped(parent)
         if not all(up in done for up in self.graph.ups[join] - inside):
             return False
-        failed = [c for branch in branches for c in branch.children if c.outcome == "failed"]
+        failed = [c for branch in meeting for c in branch.children if c.outcome == "failed"]
         if failed and join not in self.graph.skips_failed:
             self.fail(parent, failed[0].failed_by)
             return True
-        for branch in branches:
+        for branch in meeting:
             branch.joining = join
         return True
 
@@ -432,8 +445,9 @@ class Model:
             free = all(len(self.held[limit]) < self.capacity[limit] for limit in request.limits)
             if free and not any(limit in first for limit in request.limits):
                 self.line.remove(request)
-                self._grant(request.node, request.task)
                 request.node.waiting.pop(request.task, None)
+                if not request.node.frozen:  # which asks again when it is thawed
+                    self._grant(request.node, request.task)
                 return True
             first.update(request.limits)
         return False
@@ -724,6 +738,10 @@ class Model:
         node = self.nodes[context]
         if node.living:
             node.frozen = True
+            for task in node.reserved:  # it keeps no permit from others
+                for limit in self.graph.limits[task]:
+                    self.held[limit].remove((node, task))
+            node.reserved.clear()
 
     def thaw(self, context: Any) -> None:
         node = self.nodes[context]

@@ -106,8 +106,8 @@ def make_scenario(seed: int, allowed: frozenset[str] = frozenset(FEATURES)) -> S
     return Scenario(seed, features, specs, inputs, settings, dag, _graph(dag, specs))
 
 
-# Known and not fixed: two joins side by side below one map. A child is ready at both; at which one it arrives depends on
-# the schedule, and children that arrive at different ones are stalled (bugs/parallel-joins).
+# Known and not fixed: two joins side by side below one map. A child is ready at both; at which one it arrives depends
+# on the schedule, and children that arrive at different ones are stalled.
 PARALLEL_JOINS = False
 
 
@@ -128,7 +128,7 @@ def _ups(random: Random, number: int) -> list[int]:
     if number == 1 or random.random() < 0.08:
         return []
     wanted = random.choice((1, 1, 1, 2, 2, 3))
-    near = [n for n in range(max(1, number - 3), number)] if random.random() < 0.7 else list(range(1, number))
+    near = list(range(max(1, number - 3), number)) if random.random() < 0.7 else list(range(1, number))
     return sorted(random.sample(near, min(wanted, len(near))))
 
 
@@ -334,7 +334,7 @@ class Player(Checked):
         if self.has("retry") and execution.attempt <= execution.task.config.retry_times and random.random() < 0.3:
             raise ValueError("fails at first")
 
-    def _act(self, execution: Any, random: Random) -> Generator[Any, Any, Any]:  # noqa: C901
+    def _act(self, execution: Any, random: Random) -> Generator[Any, Any, Any]:
         """One of the things that a function may do."""
         self._may_fail(execution, random)
         context, key = execution.context, execution.context["key"]
@@ -462,4 +462,3 @@ def run_scenario(seed: int, allowed: frozenset[str] = frozenset(FEATURES), sched
         player = play(scenario, mix(seed, number))
         results.append(player.finish(20_000))
     return results
-
