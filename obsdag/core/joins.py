@@ -24,6 +24,11 @@ __all__ = ["Joins"]
 class Joins(Progress):
     """Parked children, fired joins, branches that come to nothing."""
 
+    def _touch_lends(self, parent: Context) -> None:
+        """Something was completed for the parent: a join may have waited for it."""
+        if parent._more is not None and parent._more.lends:
+            self._touched.extend(parent._more.lends.values())
+
     def _leave_join(self, lend: Lend, join: int) -> None:
         self.at_joins -= 1
         lend.arrived[join] -= 1

@@ -271,8 +271,7 @@ class Sources(Joins):
     def _complete_other(self, other: Context, execution: Execution, now: float) -> bool:
         """A task returned a context that was in the run already; True if a branch was handed back to it (C5)."""
         context, index = execution.context, execution.index
-        if other._more is not None and other._more.lends:
-            self._touched.extend(other._more.lends.values())  # a join may have waited for this
+        self._touch_lends(other)
         lend = self._lend_between(other, context)
         if other._outcome is not None or other._state == _DISCARDED:
             return lend is not None and bool(other._done & self.plan.bit[index])

@@ -237,8 +237,7 @@ class RunState(Sources):
             else:
                 self._route(context, index, chosen, now)
                 self._complete(context, index, now)
-                if context._more is not None and context._more.lends:
-                    self._touched.extend(context._more.lends.values())
+                self._touch_lends(context)
             self._schedule(context, now)
         self._settle_all(now)
 
@@ -265,8 +264,7 @@ class RunState(Sources):
             self._take_returned(execution, returned, now)
         if context._place == IDLE:
             self._schedule(context, now)
-        if context._more is not None and context._more.lends:
-            self._touched.extend(context._more.lends.values())
+        self._touch_lends(context)
 
     def _sort(self, execution: Execution, result: Any) -> tuple[list[Context], OutputContext | None, float | None]:
         """What was returned: contexts without repetition, an OutputContext, the delay of a RateLimitContext."""

@@ -270,10 +270,13 @@ class Steps:
     def _finishes_and_begins(self, runner: Runner, result: Any) -> bool:
         """The short cut that workers take for plain coroutines, every other time."""
         execution, visit = runner.execution, runner.visit
-        if result is not execution.context or execution.cancelling or visit is None or self.choose(2):
+        task, index = execution.task, execution.index
+        plain = task.kind == "async" and task.config.timeout is None and visit is not None
+        if not plain or result is not execution.context or execution.cancelling or self.choose(2):
             return False
-        following = self.run.finish_and_begin(execution, self.now)
-        self.told("finish_and_begin", execution, following)
+        assert visit is not None
+        following = self.run.finish_and_begin(execution, self.now)  # which may be the same object again
+        self.told("finish_and_begin", execution, following, index)
         if self.run.dirty:
             self._pump()
         if following is None:

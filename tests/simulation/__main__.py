@@ -21,7 +21,9 @@ def tell(scenario: Scenario) -> None:
     print(f"seed {scenario.seed}: {', '.join(sorted(scenario.features))}; {scenario.settings}")
     print(f"{scenario.inputs} inputs through")
     for spec in scenario.specs:
-        print(f"  {spec.name} {spec.kind} after {[f't{up}' for up in spec.ups]} {spec.config or ''} {spec.options or ''}")
+        print(
+            f"  {spec.name} {spec.kind} after {[f't{up}' for up in spec.ups]} {spec.config or ''} {spec.options or ''}"
+        )
 
 
 def replay(seed: int, allowed: frozenset[str]) -> int:

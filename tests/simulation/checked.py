@@ -74,8 +74,8 @@ class Checked(Simulation):
             return
         model.finished(execution, list(dict.fromkeys(e for e in items if not isinstance(e, LoopContext | StopContext))))
 
-    def _told_finish_and_begin(self, model: Model, execution: Any, following: Any) -> None:
-        model.finished(execution, [execution.context])
+    def _told_finish_and_begin(self, model: Model, execution: Any, following: Any, index: int) -> None:
+        model.finished(execution, [execution.context], index)
         if following is not None:
             model.settle()
             model.begin(execution.context, following)

@@ -525,9 +525,9 @@ class Model:
         self.nodes[context].visited = False
         self.nodes[context].lane = None
 
-    def execution_ends(self, execution: Any) -> Node:
+    def execution_ends(self, execution: Any, task: int | None = None) -> Node:
         node = self.nodes[execution.context]
-        if node.executions.pop(execution.index, None) is not execution:
+        if node.executions.pop(execution.index if task is None else task, None) is not execution:
             raise ModelError(f"{execution!r} ended and did not run")
         if not execution.abandoned:
             self.give_back(execution)
@@ -595,12 +595,12 @@ class Model:
         self.stop_branches(node)
         self.collect(node, "dropped")
 
-    def finished(self, execution: Any, result: Iterable[Any]) -> None:
+    def finished(self, execution: Any, result: Iterable[Any], task: int | None = None) -> None:
         """T1, T3, C5. `result`: the contexts that were returned, in order, each once."""
-        node = self.execution_ends(execution)
+        node = self.execution_ends(execution, task)
         if execution.cancelling:
             return
-        task = execution.index
+        task = execution.index if task is None else task
         returned = [each for each in result if not self._ignored(each)]
         if task in self.graph.joins:
             self._joined(node, task, returned)

@@ -10,6 +10,7 @@ from typing import Any
 
 from obsdag.config import ExecutorConfig
 from obsdag.context import Context, OutputContext, RateLimitContext
+from obsdag.core.observer import Observer
 from obsdag.errors import GraphError
 from obsdag.graph import DAG
 from obsdag.limits import ConcurrencyLimit
@@ -27,7 +28,7 @@ from obsdag.tasks import (
 )
 from obsdag.testing.bodies import HANDED
 from tests.simulation.checked import Checked
-from tests.simulation.model import Graph
+from tests.simulation.model import Graph, Model, ModelError
 
 __all__ = ["FEATURES", "Scenario", "make_scenario", "run_scenario"]
 
@@ -229,12 +230,31 @@ def mix(*values: int) -> int:
     return hash((values, 0x9E3779B97F4A7C15)) & 0x7FFFFFFFFFFFFFFF
 
 
+class Recorder(Observer):
+    """Listens, so that the core keeps records; with 1 it only listens, with 2 and 3 records and slack are kept, too."""
+
+    def __init__(self, level: int) -> None:
+        self.needs_records, self.needs_slack = level > 1, level > 2
+        self.open = 0
+
+    def execution_started(self, execution: Any, now: float) -> None:
+        self.open += 1
+
+    def execution_finished(self, execution: Any, outcome: str, error: BaseException | None, now: float) -> None:
+        self.open -= 1
+
+    def context_finished(self, context: Context, outcome: str, now: float) -> None:
+        if self.needs_slack and context.parent is None and context._run is not None:
+            context._run.critical_path(context)
+
+
 class Player(Checked):
     """Plays a scenario. What an execution does depends on its context's own history only (E15), and on the seed."""
 
     def __init__(self, scenario: Scenario, schedule: int, choose: Callable[[int], int] | None = None) -> None:
         self.scenario = scenario
         self.made = 0
+        self.recorder = Recorder(schedule % 4)
         self.external = Random(schedule ^ 0x5DEECE66D)
         inputs = [Context(data={"key": mix(scenario.seed, n)}, name=f"i{n}") for n in range(scenario.inputs)]
         super().__init__(
@@ -243,6 +263,7 @@ class Player(Checked):
             inputs,
             seed=schedule,
             choose=choose,
+            observers=(self.recorder,) if schedule % 4 else (),
             config=ExecutorConfig(**scenario.settings),
         )
         assert self.model is not None
@@ -250,6 +271,10 @@ class Player(Checked):
             scenario.graph.limits[index] = list(limits)
         self.model.__init__(scenario.graph, self.model.gc, self.model.bypass)  # type: ignore[misc] # the run's own limits are known now
         self._bodies.of = self.body  # type: ignore[method-assign]
+
+    def _told_close(self, model: Model) -> None:
+        if self.recorder.open:
+            raise ModelError(f"{self.recorder.open} executions were told to have started and not to have ended")
 
     def has(self, feature: str) -> bool:
         return feature in self.scenario.features
