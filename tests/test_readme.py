@@ -132,3 +132,10 @@ def test_links_lead_somewhere() -> None:
     missing = [target for target in targets if target and "://" not in target and not (ROOT / target).exists()]
 
     assert not missing
+
+
+def test_the_contents_name_every_section() -> None:
+    sections = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    linked = re.findall(r"\[([^\]]+)\]\(#([^)]+)\)", README.partition("## ")[0])
+
+    assert linked == [(name, name.lower().replace(" ", "-")) for name in sections]
