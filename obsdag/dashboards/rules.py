@@ -139,7 +139,7 @@ ALERTS: Final = (
         "{{ $labels.engine }}/{{ $labels.dag }}: contexts live, and nothing has ended for 10 minutes",
         "Contexts live, but for ten minutes none has ended and no execution has either.",
         "States on the dashboard of contexts: `running` means that a task hangs (give it a `timeout`), `limit_wait` or"
-        " `pool_wait` what all wait for. The oldest context's trace is in Jaeger already.",
+        " `pool_wait` what all wait for. With `slow_after`, the oldest context's trace is in Jaeger already.",
         "A single execution that rightly takes longer than a quarter of an hour.",
     ),
     Alert(
@@ -248,7 +248,8 @@ ALERTS: Final = (
         "warning",
         "{{ $labels.engine }}/{{ $labels.dag }}: a context has lived for {{ $value | humanizeDuration }}",
         "A context lives for more than a quarter of an hour, and ten times longer than nearly all others.",
-        "States on the dashboard of contexts; in Jaeger, its trace: what it waits for is the last span.",
+        "States on the dashboard of contexts; with `slow_after`, its trace in Jaeger: what it waits for is the last"
+        " span.",
         "Work that takes long by nature. Where nothing has ended within the hour this says nothing:"
         " ObsdagNoProgress does.",
     ),

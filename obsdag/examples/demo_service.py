@@ -40,7 +40,7 @@ from obsdag.config import ExecutorConfig
 from obsdag.context import Context
 from obsdag.core.observer import Observer
 from obsdag.core.records import Execution
-from obsdag.errors import ContextFailedError, NoOutputError, ObsdagError, ServeError
+from obsdag.errors import ContextFailedError, NoOutputError, ObsdagError, QueueFullError, ServeError
 from obsdag.executor import Executor
 from obsdag.graph import DAG
 from obsdag.limits import ConcurrencyLimit, RateLimit
@@ -305,18 +305,18 @@ class DemoService:
 
     async def run(self) -> None:
         """Serves until `stop`."""
-        async with self.shop, asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group, self.shop:  # in this order: it drains while results are still fetched
             background = [
                 group.create_task(self._settle()),
                 *(group.create_task(self._ask(name, every)) for name, every in self.options.trouble.items()),
             ]
-            await self._submit(self.shop, group)
+            await self._submit(group)
             for task in background:
                 task.cancel()
         for telemetry in self._telemetry.values():
             await telemetry.close()
 
-    async def _submit(self, executor: ServeExecutor, group: asyncio.TaskGroup) -> None:
+    async def _submit(self, group: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time()
         while not self._stop.is_set():
@@ -326,10 +326,11 @@ class DemoService:
                 data["break"] = 1
             if self.troubles.take("reject"):
                 with suppress(ObsdagError):
-                    await executor.submit(data, deadline=-1.0)
-            ticket = await executor.submit(data, id=f"order-{self._number}")
-            if self._number % 100:  # whoever made the hundredth does not ask for its result
-                group.create_task(_fetch(ticket))
+                    await self.shop.submit(data, deadline=-1.0)
+            with suppress(QueueFullError):  # more comes in than goes out: this one is lost
+                ticket = await self.shop.submit(data, id=f"order-{self._number}", wait=1.0)
+                if self._number % 100:  # whoever made the hundredth does not ask for its result
+                    group.create_task(_fetch(ticket))
             due = max(due + 1 / self.options.rate, loop.time())
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 from pathlib import Path
@@ -29,6 +30,17 @@ def test_it_serves_until_it_is_told_to_stop(number: int, tmp_path: Path) -> None
     assert status == 0
     (drained,) = service.lines("drain.finished")
     assert drained["manifest"]["abandoned"] == []
+
+
+def test_it_ends_soon_under_more_load_than_it_can_bear(tmp_path: Path) -> None:
+    with demo(tmp_path, "--rate=1000") as service:
+        full = re.compile(r'^obsdag_pending_contexts{.*"shop"} (99|100)\.0$', re.MULTILINE)
+        until(lambda: full.search(service.scrape()), "a line that is full", 60.0)
+        service.process.send_signal(signal.SIGTERM)
+        status = service.process.wait(15)
+
+    assert status == 0
+    assert service.lines("drain.finished")
 
 
 @pytest.mark.parametrize(
