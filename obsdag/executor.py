@@ -106,8 +106,8 @@ class OutputStream(AsyncIterator[OutputContext]):
 class Executor:
     """Runs a DAG (seed: `Executor(dag, runtime=None, config=None)`); an unbuilt DAG is built.
 
-    State belongs to runs: an executor may run again, and several times at once. `async with executor:` keeps its pools
-    over several runs (E18). Raises GraphError, ConfigError.
+    State belongs to runs: an executor may run again, and several times at once, in one event loop (RuntimeError for
+    two at a time). `async with executor:` keeps its pools over several runs (E18). Raises GraphError, ConfigError.
     """
 
     def __init__(self, dag: DAG, runtime: Runtime | None = None, config: ExecutorConfig | None = None) -> None:
@@ -226,6 +226,12 @@ class Executor:
     def _open_shell(self, kind: str, inputs: Any) -> RunShell:
         shell = RunShell(self.dag, self.plan, self.config, self.runtime, self._pools, inputs, kind)
         self._shells.append(shell)
+        first = next(each for each in self._shells if not each.loop.is_closed())
+        if first.loop is not shell.loop:
+            self._shells.remove(shell)
+            raise RuntimeError(
+                "the executor runs in another thread's event loop: make one for each; they may share a DAG"
+            )
         return shell
 
     def _begin(self, shell: RunShell) -> None:

@@ -579,3 +579,25 @@ async def test_E18_an_open_executor_keeps_its_pools_over_several_runs() -> None:
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_E18_an_executor_is_of_one_loop_at_a_time_and_says_so() -> None:
+    dag, inside, leave = DAG(), threading.Event(), threading.Event()
+
+    @dag.task
+    def work(ctx: Context) -> Context:
+        inside.set()
+        assert leave.wait(30)
+        return ctx
+
+    executor, results = Executor(dag), []
+    other = threading.Thread(target=lambda: results.append(executor.run_sync([{}])))
+    other.start()
+    assert inside.wait(30)
+    with pytest.raises(RuntimeError, match="runs in another thread's event loop: make one for each"):
+        executor.run_sync([{}])
+    leave.set()
+    other.join()
+    assert_counts(results[0], output=1)
+    assert_counts(executor.run_sync([{}]), output=1)  # it has ended there
+    assert_counts(Executor(dag).run_sync([{}]), output=1)
