@@ -196,7 +196,7 @@ def _execution_in(frame: FrameType | None) -> Execution | None:
     while frame is not None:
         if frame.f_code.co_filename.startswith(_PACKAGE):
             for value in list(frame.f_locals.values()):
-                if type(value) is Execution and value.outcome is None:
+                if type(value) is Execution and getattr(value, "outcome", "") is None:  # not one that is being made
                     return value
         frame = frame.f_back
     return None

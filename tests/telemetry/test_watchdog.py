@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from obsdag.core.observer import Observer
 from obsdag.core.records import Execution
 from obsdag.executor import Executor
 from obsdag.graph import DAG
-from obsdag.telemetry.watchdog import Watchdog, _watchers
+from obsdag.telemetry.watchdog import _PACKAGE, Watchdog, _execution_in, _watchers
 from tests.telemetry.corerun import CoreRun
 
 WAIT_S = 30.0
@@ -301,3 +302,11 @@ async def test_a_forked_child_has_a_watchdog_of_its_own() -> None:
 def _forked(answers: Any) -> None:
     asyncio._set_running_loop(None)  # the child was forked from within a running loop
     _watch_in_child(answers)
+
+
+def test_an_execution_that_is_being_made_is_passed_over() -> None:
+    unfinished = Execution.__new__(Execution)  # as another thread sees it in the middle of its making
+    code = SimpleNamespace(co_filename=f"{_PACKAGE}core/state.py")
+    frame: Any = SimpleNamespace(f_code=code, f_locals={"execution": unfinished}, f_back=None)
+
+    assert _execution_in(frame) is None
