@@ -127,11 +127,11 @@ class Joins(Progress):
         return None
 
     def _outside(self, branches: list[Lend], join: int) -> int:
-        """The upstreams of a join that are in none of the lent branches."""
+        """What is above a join and in none of the lent branches: a map that is still to come brings it children, too."""
         inside = 0
         for lend in branches:
             inside |= lend.mask | self.plan.bit[lend.index]
-        return self.plan.up[join] & ~inside
+        return self.plan.ancestors[join] & ~inside
 
     def _fail_by_children(self, parent: Context, branches: list[Lend], failed: int, task: Task, now: float) -> None:
         total = sum(len(branch.children) for branch in branches)

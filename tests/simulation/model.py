@@ -391,7 +391,7 @@ class Model:
                 return False  # one of the branches that meet here is not there yet
         inside = {branch.task for branch in meeting}.union(*(self.graph.desc[branch.task] for branch in meeting))
         done = parent.completed | self.skipped(parent)
-        if not all(up in done for up in self.graph.ups[join] - inside):
+        if not all(above in done for above in self.graph.anc[join] - inside - {0}):
             return False
         failed = [c for branch in meeting for c in branch.children if c.outcome == "failed"]
         if failed and join not in self.graph.skips_failed:

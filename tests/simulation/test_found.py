@@ -261,3 +261,30 @@ async def test_C9_a_context_that_the_end_of_its_parent_cancels_was_not_discarded
     for gc in (True, False):
         result = await execute(dag, [{}], workers=2, tasks=2, enable_context_gc=gc)
         assert ended(result) == {"dropped": 2, "failed": 1}
+
+
+@virtual
+async def test_T15_a_join_waits_for_a_second_map_above_it_that_begins_late() -> None:
+    dag = DAG()
+    calls: list[int] = []
+
+    @dag.map
+    async def early(ctx: Context) -> AsyncIterator[Any]:
+        yield {}
+
+    @dag.map(retry_times=1, retry_interval=10.0)
+    async def late(ctx: Context) -> AsyncIterator[Any]:
+        if ctx.attempt == 1:
+            raise ValueError("not yet")
+        yield {}
+        yield {}
+
+    passing(dag, "work", after=[early, late])
+
+    @dag.join(after="work")
+    async def join(parent: Context, children: list[Context]) -> Context:
+        calls.append(len(children))
+        return parent
+
+    assert ended(await execute(dag, [{}], workers=2, tasks=2)) == {"output": 1, "merged": 3}
+    assert calls == [3]
