@@ -127,7 +127,7 @@ class Joins(Progress):
         return None
 
     def _outside(self, branches: list[Lend], join: int) -> int:
-        """What is above a join and in none of the lent branches: a map that is still to come brings it children, too."""
+        """What is above a join and in none of the lent branches: a map still to come brings it children, too."""
         inside = 0
         for lend in branches:
             inside |= lend.mask | self.plan.bit[lend.index]
