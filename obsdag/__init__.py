@@ -19,7 +19,7 @@ them here):
     services, generators, runners       how an execution of each kind of task is run
     mailbox, worker, shell              calls of any thread; who drives a context; the shell around the core of one run
     executor                            `Executor`: opens runs and sees them to their end
-    tickets, serve                      tickets for submissions; `ServeExecutor`: takes them one by one, drains
+    signals, tickets, durable, serve    tickets for submissions, kept in a journal; `ServeExecutor`: takes them, drains
     ops                                 /metrics, health and the live page of what runs; `start_ops_server`
     testing                             helpers for tests of one's own DAGs
     cli, examples, __main__             the command `obsdag`; programs to start from; `python -m obsdag`

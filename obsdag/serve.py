@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from obsdag.context import Context, OutputContext
+from obsdag.durable import Durable
 from obsdag.errors import (
     ContextError,
     DeadlineExceeded,
@@ -31,7 +32,8 @@ from obsdag.errors import (
 )
 from obsdag.executor import Executor, RunResult, _early_error
 from obsdag.inputs import as_context
-from obsdag.tickets import Entering, Line, Ticket, TicketBook, check_options, stories
+from obsdag.signals import Signals
+from obsdag.tickets import Entering, Line, Ticket, TicketBook, check_options, living_of, stories
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["Phase", "ServeExecutor", "Ticket"]
 
 Phase = Literal["starting", "accepting", "draining", "stopped"]
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class ServeExecutor(Executor):
@@ -66,7 +67,7 @@ class ServeExecutor(Executor):
         super().__init__(dag, runtime, config)
         self.phase: Phase = "stopped"
         self.manifest: dict[str, Any] = {}
-        self._signals = handle_signals
+        self._signals = Signals(handle_signals)
         self._shell: RunShell | None = None
         self._tickets = TicketBook(self.config.result_ttl, self._result_expired)
         self._pending: OrderedDict[Ticket, None] = OrderedDict()
@@ -77,21 +78,28 @@ class ServeExecutor(Executor):
         self._stopped = asyncio.Event()
         self._draining: asyncio.Task[dict[str, Any]] | None = None
         self._fatal: BaseException | None = None
+        self._durable: Durable | None = None
 
     # --- life
 
     async def start(self) -> Self:
-        """Starts accepting. Raises ServeError if it is started already, or signals cannot be handled in this thread."""
+        """Starts accepting. With a journal, what an earlier process accepted goes on, with tickets.
+
+        Raises ServeError if it is started already or cannot handle signals in this thread; JournalError.
+        """
         if self._shell is not None:
             raise ServeError("the serving executor is started already: use one per service, or drain it first")
         self._stopped.clear()
         self._hurry.clear()
         self._tickets.clear()
         self._draining, self._fatal, self.manifest = None, None, {}
-        self._handle_signals()
+        self._durable = await Durable.of(self.config.journal, self.plan)
         try:
+            self._signals.take(self._signalled)
             shell = self._shell = self._open_shell("serve", iter(()))
             shell.open_ended, shell.refill = True, self._refill
+            if self._durable is not None:
+                self._durable.attach(shell, self._tickets, self)
             self._begin(shell)
             shell.done.add_done_callback(self._run_ended)
         except BaseException:
@@ -101,29 +109,19 @@ class ServeExecutor(Executor):
         self._set_phase("accepting")
         return self
 
-    def _handle_signals(self) -> None:
-        if self._signals:
-            loop = asyncio.get_running_loop()
-            try:
-                for number in _SIGNALS:
-                    loop.add_signal_handler(number, self._signalled)
-            except (ValueError, RuntimeError, NotImplementedError) as error:
-                self._release_signals(loop)
-                raise ServeError(f"handle_signals needs the main thread and a Unix event loop: {error}") from error
-
-    def _release_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._signals:
-            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
-                for number in _SIGNALS:
-                    loop.remove_signal_handler(number)
-
     async def _give_up_start(self) -> None:
         shell, self._shell = self._shell, None
-        self._release_signals(asyncio.get_running_loop())
+        self._signals.release(asyncio.get_running_loop())
         if shell is not None:
             shell.end_early("error", None)
             with contextlib.suppress(Exception):  # what broke the start is raised, not what that broke in turn
                 await self._close(shell, RunResult())
+        await self._leave_journal()
+
+    async def _leave_journal(self) -> None:
+        durable, self._durable = self._durable, None
+        if durable is not None:
+            await durable.close()
 
     async def __aenter__(self) -> Self:
         """`start`."""
@@ -208,6 +206,8 @@ class ServeExecutor(Executor):
                 self._hasten(self.config.drain_grace if grace is None else grace)
                 await self._wait_until_idle()
             cancelled = stories(shell.run, self._tickets)
+            if self._tickets.open and self._durable is not None:
+                self._durable.suspend()  # the next process goes on with it
             for ticket in list(self._pending):
                 self._cancel(ticket)
             if not shell.run.settled():
@@ -222,6 +222,7 @@ class ServeExecutor(Executor):
                 "abandoned": result.abandoned,
                 "seconds": shell.clock() - begun,
             }
+            await self._leave_journal()
             self._stop(shell)
         return self.manifest
 
@@ -237,7 +238,7 @@ class ServeExecutor(Executor):
         if shell.run.facts.drain_finished is not None:
             shell.run.facts.drain_finished(self.manifest, shell.clock())
         self._set_phase("stopped")
-        self._release_signals(shell.loop)
+        self._signals.release(shell.loop)
         self._cancel_hurry()
         self._tickets.rest()
         self._shell = None
@@ -279,10 +280,13 @@ class ServeExecutor(Executor):
             if id is not None:
                 context._id = context.name = id
             self._take_over_trace(context, carrier, trace)
-            return self._accept(shell, context, due)
+            ticket = self._accept(shell, context, due)
         finally:
             if self._line:  # whatever became of this one, the next in line learns of a place that is left
                 self._line.wake(self._places(shell))
+        if self._durable is not None:
+            await self._durable.committed()
+        return ticket
 
     def _take_over_trace(self, context: Context, carrier: Mapping[str, str] | None, trace: str) -> None:
         if self.config.telemetry is not None:
@@ -294,6 +298,8 @@ class ServeExecutor(Executor):
 
     def _accept(self, shell: RunShell, context: Context, due: float | None) -> Ticket:
         run, now = shell.run, shell.clock()
+        if self._durable is not None:
+            self._durable.accept(context, now, due, self._reject)
         ticket = Ticket(self, context, shell.loop.create_future(), now)
         self._tickets.add(ticket)
         if run.facts.submitted is not None:
@@ -384,16 +390,6 @@ class ServeExecutor(Executor):
 
     # --- ends
 
-    def _living_of(self, shell: RunShell, ticket: Ticket) -> list[Context]:
-        """The living contexts that a ticket covers; mostly one, found without a look at all the others."""
-        found = [ticket.context]
-        for context in found:  # grows while it is walked
-            found.extend(context._children or ())
-        found = [context for context in found if context._scope is ticket.scope and context._outcome is None]
-        if len(found) == ticket.scope.living:
-            return found
-        return [context for context in shell.run.contexts if context._scope is ticket.scope]
-
     def _enter(self, shell: RunShell, ticket: Ticket, now: float) -> None:
         """A pending one enters, only to end: every accepted context is accounted for (C9)."""
         if self._pending.pop(ticket, self) is None:
@@ -408,7 +404,7 @@ class ServeExecutor(Executor):
             took = now - ticket.accepted_at
             error = DeadlineExceeded(f"context {context.id!r} did not finish within its deadline ({took:.3f} s)")
             shell.run.fail_context(context, error, None, now)
-        for other in self._living_of(shell, ticket):
+        for other in living_of(shell.run, ticket):
             shell.run.cancel(other, now)
         shell.run._settle_all(now)
 
@@ -418,21 +414,29 @@ class ServeExecutor(Executor):
             return False
         now = shell.clock()
         self._enter(shell, ticket, now)
-        for context in self._living_of(shell, ticket):
+        for context in living_of(shell.run, ticket):
             shell.run.cancel(context, now)
         shell.pump()
         return True
 
     def _scope_done(self, scope: Scope) -> None:
         ticket = self._tickets.of_scope(scope)
-        if self._shell is not None and ticket is not None:
+        if self._shell is None or ticket is None:
+            return
+        if self._durable is not None:
+            self._durable.after_commit(partial(self._finish, self._shell, ticket))
+        else:
             self._finish(self._shell, ticket)
 
     def _finish(self, shell: RunShell, ticket: Ticket) -> None:
         """Everything that the ticket covers has ended."""
         now = shell.clock()
+        if ticket.done:
+            return
         if ticket._timer is not None:
             shell.run.timers.cancel(ticket._timer)
+        if self._durable is not None:
+            ticket._lost = self._durable.error
         self._tickets.close(ticket, shell.loop)
         if shell.run.facts.ticket_done is not None:
             shell.run.facts.ticket_done(ticket.context, ticket.outcome, now - ticket.accepted_at, now)

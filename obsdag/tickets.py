@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from obsdag.context import Context
 from obsdag.core.records import Scope
-from obsdag.errors import ContextFailedError, InputError, NoOutputError, ServeError, UnknownTicketError
+from obsdag.errors import ContextFailedError, InputError, JournalError, NoOutputError, ServeError, UnknownTicketError
 
 if TYPE_CHECKING:
     from obsdag.context import OutputContext
     from obsdag.core.records import Failure, Timer
     from obsdag.core.state import RunState
 
-__all__ = ["Desk", "Entering", "Line", "Ticket", "TicketBook", "check_options", "stories"]
+__all__ = ["Desk", "Entering", "Line", "Ticket", "TicketBook", "check_options", "living_of", "stories"]
 
 
 class Desk(Protocol):
@@ -41,7 +41,7 @@ class Ticket:
     the submitted context ended. A result is kept until it is fetched, or for `result_ttl`.
     """
 
-    __slots__ = ("_desk", "_done", "_expired", "_timer", "_unwanted", "accepted_at", "context", "id", "scope")
+    __slots__ = ("_desk", "_done", "_expired", "_lost", "_timer", "_unwanted", "accepted_at", "context", "id", "scope")
 
     def __init__(self, desk: Desk, context: Context, done: asyncio.Future[None], now: float) -> None:
         self.id = context.id
@@ -51,6 +51,7 @@ class Ticket:
         self._desk = desk
         self._done = done
         self._expired = False
+        self._lost: JournalError | None = None  # its outcome could not be committed: nobody may rely on it
         self._unwanted = False  # whoever asked is gone: nothing is kept for them
         self._timer: Timer | None = None
 
@@ -96,6 +97,8 @@ class Ticket:
                 await asyncio.shield(self._done)
         if self._expired:
             raise UnknownTicketError(f"the result of context {self.id!r} was not fetched in time and has been dropped")
+        if self._lost is not None:
+            raise self._lost
         self._desk._fetched(self)
         failure = self._failure()
         if failure is not None:
@@ -248,6 +251,17 @@ class Entering(Iterator[Context]):
         if not self._pending:
             raise StopIteration
         return self._pending.popitem(last=False)[0].context
+
+
+def living_of(run: RunState, ticket: Ticket) -> list[Context]:
+    """The living contexts that a ticket covers; mostly one, found without a look at all the others."""
+    found = [ticket.context]
+    for context in found:  # grows while it is walked
+        found.extend(context._children or ())
+    found = [context for context in found if context._scope is ticket.scope and context._outcome is None]
+    if len(found) == ticket.scope.living:
+        return found
+    return [context for context in run.contexts if context._scope is ticket.scope]
 
 
 def stories(run: RunState, tickets: TicketBook) -> list[dict[str, Any]]:

@@ -218,7 +218,7 @@ class Rare(msgspec.Struct, array_like=True):
 class Body(msgspec.Struct, array_like=True):
     """What a row says of a context beside its data. entered: Unix seconds. key: its idempotency key, if it was asked
     for before the context was accepted. crashes: how often in a row it was running when the process died; started: it
-    is running now (written down only while the process keeps dying).
+    is running now (written down only while the process keeps dying). due: a submission's deadline, Unix seconds.
     """
 
     kind: str
@@ -229,6 +229,7 @@ class Body(msgspec.Struct, array_like=True):
     key: str | None = None
     crashes: int = 0
     started: bool = False
+    due: float | None = None
 
 
 def pack_mask(mask: int) -> int | bytes:

@@ -54,17 +54,8 @@ class Entry:
     """
 
     __slots__ = (
-        "crashes",
-        "data",
-        "entered",
-        "failed",
-        "journal",
-        "key",
-        "kind",
-        "problem",
-        "started",
-        "suspect",
-        "tree",
+        *("crashes", "data", "due", "entered", "failed", "journal", "key", "kind"),
+        *("problem", "started", "suspect", "tree"),
     )
 
     def __init__(self, journal: str, key: int, tree: int, kind: str, entered: float) -> None:
@@ -76,6 +67,7 @@ class Entry:
         self.data: bytes | None = None
         self.failed: Failed | None = None
         self.problem: EncodingError | None = None
+        self.due: float | None = None
         self.crashes = 0
         self.started = self.suspect = False
 
@@ -267,10 +259,13 @@ class Recorder(Observer):
 
     # --- facts
 
-    def accepted(self, context: Context, now: float) -> None:
+    def accepted(self, context: Context, now: float, due: float | None = None) -> None:
         """A submission is accepted, and may wait for room before it enters. Raises EncodingError."""
         data = self.journal.codec.encode(context._data)
-        self._enter(context, "input", None, now).data = data
+        entry = self._enter(context, "input", None, now)
+        entry.data = data
+        if due is not None and self._shell is not None:
+            entry.due = due + self._shell.run.epoch
         self._touch(context)
 
     def context_entered(self, context: Context, kind: str, maker: Execution | None, now: float) -> None:
@@ -403,7 +398,8 @@ class Recorder(Observer):
         if key == entry.idempotency_key:
             key = None
         rare = None if more is None and not context._frozen else self._rare(context, more)
-        return Body(entry.kind, entry.entered, pack_mask(done), rare, entry.failed, key, entry.crashes, entry.started)
+        watched = entry.crashes, entry.started
+        return Body(entry.kind, entry.entered, pack_mask(done), rare, entry.failed, key, *watched, entry.due)
 
     def _rare(self, context: Context, more: More | None) -> Rare:
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
