@@ -106,7 +106,9 @@ class Store:
         """Whether the file is empty. Raises JournalError for another program's, and for a newer version's."""
         kind, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if not kind and not version and not tables and not self.look:
+        if not kind and not version and not tables:
+            if self.look:
+                raise JournalError(f"journal {self.path} is empty: nothing was ever committed")
             return True
         if kind != APPLICATION_ID:
             raise JournalError(f"journal {self.path}: this SQLite file is not a journal of obsdag")
