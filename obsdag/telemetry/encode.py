@@ -188,7 +188,14 @@ def _field(tag: int, body: bytes) -> bytes:
 
 
 def _text(tag: int, text: str | None, always: bool = False) -> bytes:
-    return _field(tag, text.encode()) if text or (always and text is not None) else b""
+    return _field(tag, _utf8(text)) if text or (always and text is not None) else b""
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, of a file name say: the rest of it is still worth telling
+        return text.encode("utf-8", "replace")
 
 
 def _number(tag: int, number: int) -> bytes:

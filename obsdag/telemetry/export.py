@@ -66,7 +66,7 @@ class CountingExporter(SpanExporter):
     def __init__(self, inner: SpanExporter) -> None:
         self.inner = inner
         self.counts = _Counts()
-        self._closed = False
+        self._closed = self._given_up = False
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -80,9 +80,14 @@ class CountingExporter(SpanExporter):
         except Exception:
             _log.debug("a span exporter raised", exc_info=True)
             result = SpanExportResult.FAILURE
-        if result is not SpanExportResult.SUCCESS:
+        if result is not SpanExportResult.SUCCESS and not self._given_up:
             self.counts.add("shutdown" if self._closed else "export_failed", len(spans))
         return result
+
+    def give_up(self, count: int) -> None:
+        """Counts what is under way as lost now, since nobody will wait for what becomes of it."""
+        self._given_up = True
+        self.counts.add("shutdown", count)
 
     def shutdown(self) -> None:
         """Shuts the inner exporter down."""
@@ -137,7 +142,7 @@ class QueueProcessor(SpanProcessor):
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._flushing = 0
+        self._flushing = self._under_way = 0
         self._closed = False
 
     def on_start(self, span: Span, parent_context: OtelContext | None = None) -> None:
@@ -178,11 +183,13 @@ class QueueProcessor(SpanProcessor):
                 self._flushing -= 1
 
     def shutdown(self) -> None:
-        """Takes no more, counts what is still queued as lost, and shuts the exporter down."""
+        """Takes no more, counts what is still queued or under way as lost, and shuts the exporter down."""
         self._closed = True
         lost = len(self._queue)
         self._queue.clear()
         self.counts.add("shutdown", lost)
+        if self._under_way:
+            self.span_exporter.give_up(self._under_way)
         self._wake.set()
         self.span_exporter.shutdown()
 
@@ -224,7 +231,9 @@ class QueueProcessor(SpanProcessor):
                 except IndexError:  # shut down meanwhile
                     break
             if batch:
+                self._under_way = len(batch)
                 self.span_exporter.export(batch)
+                self._under_way = 0
 
 
 def otlp_exporter(endpoint: str | None, protocol: str | None) -> SpanExporter:

@@ -23,6 +23,7 @@ from obsdag.core.states import STATES
 from obsdag.telemetry.materialize import ErrorTexts
 from obsdag.telemetry.records import RootTrace, new_span_id, new_trace_id, taken
 from obsdag.telemetry.sampling import ratio_bound
+from obsdag.telemetry.specs import clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,8 +69,8 @@ class Keeper(Observer):
     ) -> None:
         self.run = run
         self.plan = run.plan
-        self.engine = engine
-        self.dag = run.plan.name
+        self.engine = clean(engine)
+        self.dag = clean(run.plan.name)
         self.stats = stats
         self.resource = resource
         self.scope = scope

@@ -16,6 +16,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
 from obsdag.core.states import LANES, STATES
 from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, ContextTrace, Details, ExecutionSpan, Part, RootTrace
+from obsdag.telemetry.specs import clean
 
 if TYPE_CHECKING:
     from obsdag.telemetry.deferred import DeferredTracer
@@ -66,9 +67,9 @@ class ErrorTexts:
     def redacted(self, text: str) -> str:
         """The text as it may be exported."""
         if self._redact is None or not text:
-            return text
+            return clean(text)
         try:
-            return self._redact(text)
+            return clean(str(self._redact(text)))
         except Exception:  # a user's function: rather no text than the unredacted one
             return "[redaction failed]"
 
@@ -93,7 +94,7 @@ def _stack_text(error: BaseException) -> str:
 def context_id(raw: str | int) -> str:
     """`Context.id` of a context that may be gone, from its raw form."""
     if isinstance(raw, str):
-        return raw
+        return clean(raw)
     from obsdag import context
 
     return f"{context._prefix}-{raw:x}"
@@ -119,7 +120,7 @@ def _execution_spans(tracer: DeferredTracer, root: RootTrace, record: tuple[Any,
     span, index, attempt, started, ended, worker, lane, waits, outcome, error = record
     task = tracer.plan.tasks[index]
     attributes = _base(tracer, span.trace)
-    attributes["obsdag.task"] = task.id
+    attributes["obsdag.task"] = clean(task.id)
     attributes["obsdag.attempt"] = attempt
     attributes["obsdag.execution.outcome"] = outcome
     attributes["obsdag.lane"] = LANES[lane]
@@ -142,7 +143,7 @@ def _execution_spans(tracer: DeferredTracer, root: RootTrace, record: tuple[Any,
             yield _dispatch_span(tracer, record, details.dispatch)
     began = root.part_of(span.trace_id).started
     yield ReadableSpan(
-        name=f"execute {task.id}",
+        name=f"execute {clean(task.id)}",
         context=SpanContext(span.trace_id, span.id, False, SAMPLED, _state(root, span.trace_id)),
         parent=_parent_of(root, span, links),
         resource=tracer.resource,
@@ -255,11 +256,11 @@ def _dispatch_span(tracer: DeferredTracer, record: tuple[Any, ...], dispatch: tu
     span, index, ended = record[0], record[1], record[4]
     task = tracer.plan.tasks[index]
     return ReadableSpan(
-        name=f"dispatch {task.id}",
+        name=f"dispatch {clean(task.id)}",
         context=SpanContext(span.trace_id, dispatch[0], False, SAMPLED, _state(span.trace.root, span.trace_id)),
         parent=SpanContext(span.trace_id, span.id, False, SAMPLED),
         resource=tracer.resource,
-        attributes={**_base(tracer, span.trace), "obsdag.task": task.id, "obsdag.executor": task.runs_on},
+        attributes={**_base(tracer, span.trace), "obsdag.task": clean(task.id), "obsdag.executor": task.runs_on},
         kind=SpanKind.PRODUCER,
         start_time=tracer.unix_ns(dispatch[1]),
         end_time=tracer.unix_ns(max(ended, dispatch[1])),

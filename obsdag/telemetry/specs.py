@@ -32,6 +32,7 @@ __all__ = [
     "Label",
     "MetricSpec",
     "SpanSpec",
+    "clean",
     "error_type_of",
 ]
 
@@ -164,3 +165,8 @@ def error_type_of(error: BaseException) -> str:
     """The `error_type` label and `error.type` attribute: the class's name, with its module unless it is a built-in."""
     kind = type(error)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def clean(text: str) -> str:
+    """A name that can be written as UTF-8: a lone surrogate would break the scrape, or the batch, of everybody else."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

@@ -11,7 +11,7 @@ from typing import Any
 
 from obsdag.telemetry.histogram import Buckets, Row
 from obsdag.telemetry.metric_specs import METRICS
-from obsdag.telemetry.specs import NO_TASK, OTHER, MetricSpec
+from obsdag.telemetry.specs import NO_TASK, OTHER, MetricSpec, clean
 
 __all__ = ["CappedLabel", "Labels", "Say", "Totals", "clean", "say_line"]
 
@@ -24,11 +24,6 @@ def say_line(event: str, **keys: Any) -> None:
     from obsdag.telemetry.lines import line_logger
 
     line_logger().warning(event, **keys)
-
-
-def clean(text: str) -> str:
-    """A label value that can be written as UTF-8: a lone surrogate would break the scrape of everybody else."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 class CappedLabel:

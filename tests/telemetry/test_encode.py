@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
@@ -14,10 +15,13 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
+from obsdag import DAG, Context
 from obsdag.telemetry import encode
 from obsdag.telemetry.encode import encode_request
 from obsdag.telemetry.http_exporter import HttpExporter
+from obsdag.telemetry.tracing import Tracing
 from tests.otlp_receiver import OtlpReceiver
+from tests.telemetry.tracing_helpers import run_traced, telemetry_of
 
 TEXT = st.text(max_size=300)  # hypothesis gives no lone surrogates unless asked
 NUMBER = st.integers(-(1 << 63), (1 << 63) - 1)
@@ -68,7 +72,7 @@ def a_span(**attributes: Any) -> ReadableSpan:
     return ReadableSpan("one", context=context, attributes=attributes, start_time=1, end_time=2)
 
 
-@pytest.mark.parametrize("value", [1 << 70, "\ud800", object()])
+@pytest.mark.parametrize("value", [1 << 70, object(), {1: object()}])
 def test_an_attribute_that_cannot_be_encoded_is_left_out_alone(value: Any) -> None:
     request = ExportTraceServiceRequest.FromString(encode_request([a_span(good=1, bad=value, also="x")]))
 
@@ -109,3 +113,24 @@ def test_without_a_client_to_hand_bytes_to_it_is_the_official_exporter(monkeypat
         exporter.shutdown()
 
     assert len(receiver.spans) == 1
+
+
+async def test_names_and_texts_with_lone_surrogates_lose_nothing_but_them() -> None:
+    broken = "caf\udce9"  # as file names come that are not UTF-8
+    dag = DAG(broken)
+
+    @dag.task(name=broken)
+    async def step(ctx: Context) -> Context:
+        trace.get_current_span().set_attribute("file", broken)
+        raise ValueError(broken)
+
+    with OtlpReceiver() as receiver:
+        tracing = Tracing.otlp(receiver.endpoint)
+        telemetry = telemetry_of(tracing, engine=broken)
+        await run_traced(dag, [Context(name=broken)], tracing=tracing, telemetry=telemetry)
+        spans = receiver.wait(lambda spans: len(spans) == 3)
+
+    assert {span.name for span in spans} == {"execute caf?", "context caf?", "run caf?"}
+    execution = next(span for span in spans if span.name == "execute caf?")
+    assert execution.attributes["file"] == execution.status_message == execution.events[0][1]["exception.message"]
+    assert not {key: lost for key, lost in telemetry.stats.dropped.items() if lost}
