@@ -213,9 +213,9 @@ class QueueProcessor(SpanProcessor):
     def _work(self) -> None:
         attach(OtelContext({SUPPRESS: True}))
         while True:
-            if not self._flushing:
+            self._wake.clear()  # first, as an earlier flush leaves it set: a batch of a few costs as much as a full one
+            if not (self._flushing or self._closed or len(self._queue) >= self._batch):
                 self._wake.wait(self._delay_s)
-            self._wake.clear()
             self._export_all()
             with self._lock:  # whoever queues from here on starts a new thread
                 if not self._queue:

@@ -250,8 +250,8 @@ class Keeper(Observer):
             _release_user_spans(root)
         self._kept_any = True
         self.stats.decide(reason, dag=self.dag)
-        if root.records or (root.more is not None and root.more.held):
-            self._pipeline.kept(root)
+        if root.open > 0 and (root.records or (root.more is not None and root.more.held)):
+            self._pipeline.kept(root)  # one that is over is handed over by `_finish`, once
         return True
 
     # --- places in the buffer

@@ -292,11 +292,9 @@ class MetricsObserver(Observer):
         # The chain that `run.critical_path` marks, without its slack, which takes a sort and an object per execution.
         # It ends: an execution is released by one that was there before it.
         execution, seconds, slots = root._maker, self._critical_s, self.slots.of_index
-        while execution is not None:
-            if execution.context is not root and not _descends(execution.context, root):
-                return
-            if execution.outcome is not None:
-                seconds[slots[execution.index]] += execution.ended - execution.started
+        while execution is not None and (execution.context is root or _descends(execution.context, root)):
+            if execution.outcome is not None and (took := execution.ended - execution.started):
+                seconds[slots[execution.index]] += took
             execution = execution.released_by
 
     def context_failed(self, context: Context, failure: Failure, execution: Execution | None, now: float) -> None:

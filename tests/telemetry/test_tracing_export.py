@@ -62,6 +62,7 @@ async def outcome_of(
 PLAIN = {"entered": 10, "output": 5, "split": 0, "merged": 0, "dropped": 0, "failed": 5, "cancelled": 0, "stalled": 0}
 
 
+@pytest.mark.leaves("files", "grpc keeps its poller's descriptors for the process")
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 @pytest.mark.parametrize("mode", ["error", "refuse"])
 async def test_a_collector_that_refuses_changes_nothing_and_every_span_is_counted(protocol: str, mode: str) -> None:
@@ -75,6 +76,7 @@ async def test_a_collector_that_refuses_changes_nothing_and_every_span_is_counte
     assert await asyncio.to_thread(_settles, dropped, 10 + 10 + 1)  # contexts, executions, the run
 
 
+@pytest.mark.leaves("files", "grpc keeps its poller's descriptors for the process")
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 async def test_no_collector_at_all(protocol: str) -> None:
     with OtlpReceiver(protocol) as receiver:
@@ -433,6 +435,7 @@ async def test_the_environment_names_the_collector(name: str, monkeypatch: pytes
         assert len(receiver.spans) == 21
 
 
+@pytest.mark.leaves("files", "grpc keeps its poller's descriptors for the process")
 async def test_the_environment_chooses_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
     with OtlpReceiver("grpc") as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
