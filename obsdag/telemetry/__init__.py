@@ -137,12 +137,13 @@ class Telemetry:
             return []
         from obsdag.telemetry import current
 
-        found: list[Observer] = current.observers()
         tracers = self.tracing.observers(run, engine=self.engine, stats=self.stats, redact=self._redact)
         counting: Observer = self.metrics.observer(run)
-        for tracer in tracers:
-            if (count_into := getattr(tracer, "count_into", None)) is not None:
-                counting = count_into(counting)
+        counting_tracers = [tracer for tracer in tracers if hasattr(tracer, "count_into")]
+        for tracer in counting_tracers:
+            counting = tracer.count_into(counting)
+        # A deferred execution is its own current span, and known by that.
+        found: list[Observer] = [] if counting_tracers else current.observers()
         found += [*tracers, counting]
         if self._logs is not None:
             found.append(self._logs.observer(run))

@@ -15,10 +15,12 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context as OtelContext
 from opentelemetry.trace import INVALID_SPAN, set_span_in_context
 
-__all__ = ["SPAN_KEY", "OwnContext", "current", "make_current"]
+__all__ = ["EXECUTION_KEY", "SPAN_KEY", "OwnContext", "current", "make_current"]
 
 SPAN_KEY: Final = next(iter(set_span_in_context(INVALID_SPAN, OtelContext())))
 """The key of the current span in an OpenTelemetry context, asked for once."""
+EXECUTION_KEY: Final = "obsdag-execution"
+"""The key of the execution's own span in contexts that were made from its own."""
 
 
 class OwnContext(OtelContext):
@@ -31,10 +33,15 @@ class OwnContext(OtelContext):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The span, or what the base has under `key`."""
-        return self if key == SPAN_KEY else super().get(key, default)
+        return self if key in (SPAN_KEY, EXECUTION_KEY) else super().get(key, default)
 
     def copy(self) -> dict[str, Any]:
-        """All entries, as the API asks for before it sets one."""
+        """All entries, as the API asks for before it sets one, and the execution, so that it is known inside a span of
+        the user's own as well.
+        """
+        return {**self._entries(), EXECUTION_KEY: self}
+
+    def _entries(self) -> dict[str, Any]:
         return {**dict(dict.items(self)), SPAN_KEY: self}
 
     def __getitem__(self, key: Any) -> Any:
@@ -44,7 +51,7 @@ class OwnContext(OtelContext):
         return key == SPAN_KEY or super().__contains__(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.copy())
+        return iter(self._entries())
 
     def __len__(self) -> int:
         return super().__len__() + 1
@@ -66,15 +73,15 @@ class OwnContext(OtelContext):
 
     def keys(self) -> Any:
         """Of all entries, as values and items."""
-        return self.copy().keys()
+        return self._entries().keys()
 
     def values(self) -> Any:
         """See `keys`."""
-        return self.copy().values()
+        return self._entries().values()
 
     def items(self) -> Any:
         """See `keys`."""
-        return self.copy().items()
+        return self._entries().items()
 
 
 def _nothing(default: Any) -> Any:

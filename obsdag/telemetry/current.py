@@ -8,6 +8,7 @@ only in runs that start after somebody asked for it (`want`), which getting `obs
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import MutableMapping
 from typing import Any, Final
 
@@ -50,7 +51,7 @@ def context_keys() -> dict[str, Any]:
     Empty outside of executions; trace_id and span_id (hex, of the current span) only where tracing is on, worker only
     where there is one.
     """
-    execution = current_execution.get()
+    execution = current_execution.get() or _traced_execution()
     if execution is None:
         return {}
     context, run = execution.context, execution.context._run
@@ -62,6 +63,18 @@ def context_keys() -> dict[str, Any]:
     if execution.worker >= 0:
         keys["worker"] = execution.worker
     return keys | _span_keys()
+
+
+def _traced_execution() -> Execution | None:
+    """The execution that is the current span, or around it; None without deferred tracing."""
+    if "obsdag.telemetry.deferred" not in sys.modules:
+        return None
+    from opentelemetry.context import get_value
+
+    from obsdag.telemetry.attach import EXECUTION_KEY
+
+    span: Any = get_value(EXECUTION_KEY)
+    return span.execution if span is not None else None
 
 
 def _span_keys() -> dict[str, str]:

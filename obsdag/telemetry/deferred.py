@@ -258,12 +258,14 @@ class DeferredTracer(Keeper):
         span.trace = trace
         span.trace_id = root.trace_id
         span.ended = False
+        span.execution = execution
         make_current(span)
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Leaves a record."""
         span = execution.span
         span.ended = True
+        span.execution = None
         root = span.trace
         if type(root) is RootTrace and outcome == "success":
             root.records.append(execution)
@@ -294,6 +296,7 @@ class DeferredTracer(Keeper):
             self._tally.execution_finished(execution, outcome, error, now)
         span = execution.span  # as in `execution_finished`
         span.ended = True
+        span.execution = None
         root = span.trace
         if type(root) is RootTrace and outcome == "success":
             root.records.append(execution)
@@ -395,6 +398,7 @@ class DeferredTracer(Keeper):
         more = root.more
         base = more.base if more is not None and more.base is not None else self._base
         span = execution.span = span_in(trace, root.trace_id, base)
+        span.execution = execution
         if more is not None and more.pull == "open":
             more.tail.add(span)
         if more is not None and bit & self.plan.joins:

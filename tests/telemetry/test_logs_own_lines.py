@@ -148,6 +148,7 @@ def test_a_line_inside_a_span_of_the_users_own_belongs_to_that_span() -> None:
     run(dag, telemetry)
 
     (query,) = spans.named("query")
+    assert (lines[0]["task"], lines[0]["attempt"], lines[0]["worker"]) == ("load", 1, 0)
     assert lines[0]["span_id"] == f"{query.context.span_id:016x}"
     assert lines[0]["trace_id"] == f"{spans.named('execute load')[0].context.trace_id:032x}"
 
@@ -167,6 +168,32 @@ def test_nothing_is_paid_unless_somebody_asked() -> None:
     assert Facts(default_observers(state)).execution_started is None
     _ = obsdag.logs.ContextFilter
     assert Facts(default_observers(state)).execution_started is not None
+
+
+async def test_deferred_tracing_knows_the_execution_without_paying_twice() -> None:
+    _ = obsdag.logs.add_context
+    telemetry, found = traced(CollectedSpans()), []
+    told = Facts(telemetry.observers(CoreRun().state)).execution_started
+    assert told is not None
+    assert not any(isinstance(each, current.CurrentExecution) for each in telemetry.observers(CoreRun().state))
+    dag = DAG("shop")
+    gate = asyncio.Event()
+
+    async def later() -> None:
+        await gate.wait()
+        found.append(current.context_keys().get("task"))
+
+    @dag.task()
+    async def load(ctx: Context) -> Context:
+        found.append(current.context_keys()["task"])
+        ctx["later"] = asyncio.create_task(later())
+        return ctx
+
+    (output,) = await Executor(dag, config=ExecutorConfig(telemetry=telemetry)).run()
+    gate.set()
+    await output["later"]
+
+    assert found == ["load", None]  # after its end an execution is nobody's any more
 
 
 async def test_no_execution_is_left_over_after_a_run() -> None:
