@@ -2,7 +2,7 @@
 
     run     lines of JSON through a DAG        demo        a census of a source tree, or a service under load
     graph   a DAG as a picture                 dashboards  for Grafana and Prometheus
-    top     a running program in the terminal
+    top     a running program in the terminal  journal     what a journal holds, and what failed in it
 
 Each command has a module with `add_command`, which says what its options are. `target` finds the DAG, `settings` makes
 options of the executor's settings, `jsonl` and `files` read and write, `progress` shows. A mistake of the user's is a
@@ -21,12 +21,12 @@ from textwrap import wrap
 from typing import Any, NoReturn
 
 from obsdag import __version__
-from obsdag.cli import dashboards, demo, graph, run, top
+from obsdag.cli import dashboards, demo, graph, journal, run, top
 from obsdag.cli.common import BAD_INPUT, INTERRUPTED, CliError, open_closed_streams
 
 __all__ = ["main"]
 
-_COMMANDS = (run, graph, demo, top, dashboards)
+_COMMANDS = (run, graph, demo, top, journal, dashboards)
 _BROKEN_PIPE = 141  # as the shell reports a command that SIGPIPE ended
 
 

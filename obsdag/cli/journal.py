@@ -1,0 +1,125 @@
+"""`obsdag journal`: what is in a journal, what failed in it, once more what failed, and all of it as lines of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from obsdag.cli.common import OK, CliError, one_line, shown
+from obsdag.errors import ObsdagError
+
+if TYPE_CHECKING:
+    from obsdag.journal.store import Store
+
+__all__ = ["add_command"]
+
+
+def add_command(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "journal",
+        help="look into a journal, run again what failed",
+        description="For a journal that no process has open: stop the service first.",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, command, text in (
+        ("show", show, "how many contexts live and ended how; with ID, how far those of that id have come"),
+        ("failed", failed, "what failed or stalled, each with its error"),
+        ("retry", retry, "take the outcome of what failed back: the next recovery runs it from where it failed"),
+        ("export", export, "every context as a line of JSON"),
+    ):
+        action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        action.add_argument("file", metavar="FILE")
+        if name in ("show", "retry"):
+            action.add_argument("ids", metavar="ID", nargs="*", help="of a context; none: all")
+        action.set_defaults(command=command)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Store]:
+    try:
+        from obsdag.journal.store import Store
+    except ImportError as error:
+        raise CliError(str(error)) from None
+    store = Store(path, look=True)
+    try:
+        store.open()
+        yield store
+    except ObsdagError as error:
+        raise CliError(one_line(error)) from error
+    finally:
+        store.close()
+
+
+def show(args: argparse.Namespace) -> int:
+    """Counts, or the contexts of the given ids and what was made from them."""
+    from obsdag.journal.repair import records
+
+    with _opened(args.file) as store:
+        if not args.ids:
+            counts = ", ".join(f"{number} {outcome}" for outcome, number in store.counts().items()) or "no contexts"
+            dags = ", ".join(sorted({shown(dag) for _, dag, _ in store.plans().values()})) or "none"
+            print(f"{shown(args.file)}: {counts}; DAGs: {dags}")
+            if store.get("open"):
+                print(f"process {store.get('open')} died with it open; deaths in a row before: {store.get('crashes')}")
+            return OK
+        marks = ", ".join("?" * len(args.ids))
+        found = list(records(store, f"tree IN (SELECT tree FROM contexts WHERE id IN ({marks}))", args.ids))
+        if not found:
+            raise CliError(f"{shown(args.file)} has no context of id {', '.join(map(repr, args.ids))}")
+        for each in found:
+            print(_line(each, f"done: {', '.join(map(shown, each['done'])) or 'nothing'}"))
+    return OK
+
+
+def failed(args: argparse.Namespace) -> int:
+    """The dead letters."""
+    from obsdag.journal.repair import FAILED, records
+
+    with _opened(args.file) as store:
+        for each in records(store, "outcome IN (?, ?)", FAILED):
+            error = each["error"] or {"task": "?", "attempts": 0, "type": "unknown", "text": ""}
+            tried = f"at {error['task']} after {error['attempts']} attempt(s): {error['type']}: {error['text']}"
+            print(_line(each, shown(one_line(tried))))
+    return OK
+
+
+def retry(args: argparse.Namespace) -> int:
+    """Takes outcomes back."""
+    from obsdag.journal import repair
+
+    with _opened(args.file) as store:
+        found = repair.retry(store, args.ids)
+        if missing := set(args.ids) - set(found):
+            print(f"not failed, or part of another that is retried: {', '.join(map(shown, sorted(missing)))}")
+    print(f"{len(found)} context(s) go on at the next recovery")
+    return OK
+
+
+def export(args: argparse.Namespace) -> int:
+    """Lines of JSON; what JSON does not know is text."""
+    from obsdag.journal.repair import records
+
+    with _opened(args.file) as store:
+        for each in records(store):
+            print(json.dumps(_plain(each), ensure_ascii=True))
+    return OK
+
+
+def _line(record: dict[str, Any], rest: str) -> str:
+    when = record["ended"] or record["entered"]
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
+    return f"{moment}  {record['outcome'] or 'living'}  {shown(record['id'])}  {rest}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it, whatever depth and keys it has."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,84 @@
+"""A journal by hand: what is in it, what failed, and once more what failed.
+
+All on an open `Store` (`look=True`) of a file that no process has open.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from obsdag.errors import JournalError
+from obsdag.journal.codec import Body, Codec, Rare, mask_of
+from obsdag.journal.schema import Row, checksum
+from obsdag.journal.store import Store
+
+__all__ = ["FAILED", "describe", "records", "retry"]
+
+FAILED: Final = ("failed", "stalled")
+_REVIVED: Final = (*FAILED, "cancelled")
+_decode = msgspec.msgpack.Decoder(Body).decode
+
+
+def records(store: Store, where: str = "1", values: Sequence[object] = ()) -> Iterator[dict[str, Any]]:
+    """Rows as mappings for people and for JSON: ids and names instead of numbers and masks."""
+    codec = Codec()
+    plans = {
+        number: (dag, [each[0] for each in json.loads(tasks)]) for number, (_, dag, tasks) in store.plans().items()
+    }
+    for row in store.rows(where, values):
+        yield describe(row, codec, *plans[row.plan])
+
+
+def describe(row: Row, codec: Codec, dag: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """One row: key, id, dag, parent and tree (keys), outcome, done and skipped (task ids), times, error, data."""
+    body = _decode(row.body)
+    done, skipped = mask_of(body.done), mask_of(body.rare.skipped) if body.rare is not None else 0
+    told: dict[str, Any] = {"key": row.key, "id": row.id, "dag": dag, "parent": row.parent, "tree": row.tree}
+    told |= {"outcome": row.outcome, "entered": body.entered, "ended": row.ended}
+    told["done"] = [name for index, name in enumerate(tasks[1:-1], 1) if (done & ~skipped) >> index & 1]
+    told["error"] = None
+    if body.failed is not None:
+        error = body.failed
+        told["error"] = {"task": error.task, "attempts": error.attempts, "type": error.kind, "text": error.text}
+    try:
+        told["data"] = None if row.data is None else codec.decode(row.data)
+    except JournalError as obstacle:
+        told["data"], told["note"] = None, str(obstacle)
+    return told
+
+
+def retry(store: Store, ids: Collection[str] = ()) -> list[str]:
+    """Takes the outcome of failed and stalled contexts back, so that `recover` runs them again from where they failed.
+
+    ids: only these; none: all. With a context go those of its descendants that it took with it. Returns the ids of the
+    topmost ones, in order of key.
+    """
+    rows = {row.key: row for row in store.rows("tree IN (SELECT tree FROM contexts WHERE outcome IN (?, ?))", FAILED)}
+    chosen = [row for row in rows.values() if row.outcome in FAILED and (not ids or row.id in ids)]
+    children: dict[int, list[int]] = {}
+    for row in rows.values():
+        if row.parent is not None:
+            children.setdefault(row.parent, []).append(row.key)
+    revived: dict[int, Row] = {}
+    for row in chosen:
+        pending = [row.key]
+        for key in pending:  # grows while it is walked
+            if key not in revived and rows[key].outcome in _REVIVED:
+                revived[key] = _revive(rows[key])
+                pending.extend(children.get(key, ()))
+    if revived:
+        store.commit(list(revived.values()))
+    return [row.id for row in chosen if row.parent not in revived]
+
+
+def _revive(row: Row) -> Row:
+    body = _decode(row.body)
+    rare = body.rare or Rare()
+    rare = msgspec.structs.replace(rare, attempts={}, first_try={}, waits={}, frozen=False, deadline=None, reason="")
+    body = msgspec.structs.replace(body, rare=rare, failed=None, crashes=0, started=False, due=None)
+    alive = row._replace(outcome=None, ended=None, body=msgspec.msgpack.encode(body))
+    return alive._replace(sum=checksum(alive, alive.data))
