@@ -12,7 +12,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-__all__ = ["export", "folder"]
+__all__ = ["PARTS", "export", "folder"]
+
+PARTS = ("RUNBOOK.md", "TELEMETRY.md", "alertmanager", "grafana", "jaeger", "prometheus")
+"""What the wheel takes along and `export` writes; pictures for the README are not among it."""
 
 
 def folder() -> Path:
@@ -31,8 +34,9 @@ def export(to: Path) -> list[Path]:
     """
     source, written = folder(), []
     for path in sorted(source.rglob("*")):
-        if path.is_file():
-            target = to / path.relative_to(source)
+        name = path.relative_to(source)
+        if path.is_file() and name.parts[0] in PARTS:
+            target = to / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             written.append(target)

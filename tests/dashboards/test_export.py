@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from obsdag.dashboards import export, folder
+from obsdag.dashboards import PARTS, export, folder
 from tests.cli.command import ROOT, command
 
-FILES = {path.relative_to(folder()).as_posix(): path.read_bytes() for path in folder().rglob("*") if path.is_file()}
+FILES = {
+    path.relative_to(folder()).as_posix(): path.read_bytes()
+    for part in PARTS
+    for path in [folder() / part, *(folder() / part).rglob("*")]
+    if path.is_file()
+}
 
 
 def _below(where: Path) -> dict[str, bytes]:
@@ -46,6 +51,10 @@ def test_what_cannot_be_written_is_told_in_one_line(to: str, tmp_path: Path) -> 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("obsdag dashboards: error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_nothing_is_left_out_but_pictures() -> None:
+    assert {path.name for path in folder().iterdir()} - {"images"} == set(PARTS)
 
 
 def test_without_an_action_it_says_what_there_is(tmp_path: Path) -> None:
