@@ -24,6 +24,11 @@ __all__ = ["Joins"]
 class Joins(Progress):
     """Parked children, fired joins, branches that come to nothing."""
 
+    def _fires(self, context: Context, index: int) -> bool:
+        """Whether the join is about to be called, or is, with the children of the context."""
+        lends = context._more.lends if context._more is not None else None
+        return any(lend.joining == index for lend in (lends or {}).values())
+
     def _touch_lends(self, parent: Context) -> None:
         """Something was completed for the parent: a join may have waited for it."""
         if parent._more is not None and parent._more.lends:
@@ -190,6 +195,7 @@ class Joins(Progress):
             if more.arrived:
                 self._leave_line(more)
             more.lend.living -= leaves
+            self._touched.append(more.lend)
         if leaves:
             more.arrived_at = -1
             more.lend = None
@@ -231,10 +237,14 @@ class Joins(Progress):
         return alive(lend.parent) and lends.get(lend.index) is lend and not any(each.living for each in own)
 
     def _close_lend(self, parent: Context, lend: Lend, last: int, now: float, returned: bool = True) -> None:
-        """Nobody will join those that wait at a join of the branch now: they are evaluated again (E8)."""
+        """Nobody will join those that wait at a join of the branch now."""
         super()._close_lend(parent, lend, last, now, returned)
+        self._join_no_more(lend, now)
+
+    def _join_no_more(self, lend: Lend, now: float) -> None:
+        """The branch was handed back, or its parent has ended: who waits at a join of it is evaluated again (E8)."""
         for child in lend.children if lend.arrived else ():
-            if child._outcome is None and more_of(child).arrived:
+            if alive(child) and more_of(child).arrived:
                 self._unarrive(child, now, leaves=False)
                 self._work.append(child)
 
@@ -276,7 +286,8 @@ class Joins(Progress):
             reason = "the join waits for upstreams of its parent that will never complete"
         else:
             reason = f"children of one branch wait at different joins: {', '.join([task, *elsewhere])}"
-        waiting = [child for child in lend.children if alive(child)]
+        lends = (more_of(parent).lends or {}).values()
+        waiting = [child for each in lends for child in each.children if alive(child)]
         self._stall(parent, Stall(parent, task, missing, reason), now)
         for child in waiting:
             if child._outcome is None:

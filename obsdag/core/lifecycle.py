@@ -243,6 +243,9 @@ class Lifecycle(RunBase):
                 return
             if more.holder is not None:
                 holder = None if more.holder is context else more.holder
+            lend = more.lend
+            if lend is not None and lend.mapped and not lend.keeps and lend.parent._children:
+                lend.parent._children.pop(context, None)  # a map without a join stays bounded
         if holder is not None:
             holder._holds -= 1
             self._work.append(holder)
@@ -458,6 +461,8 @@ class Lifecycle(RunBase):
         newly, ready = between | plan.bit[lend.index] | (plan.bit[last] if returned else 0), 0
         parent._done |= newly
         parent._ready &= ~newly
+        if more.arrived_at >= 0 and newly & plan.bit[more.arrived_at]:
+            more.arrived_at = -1  # the join of its own branch was among them
         newly |= parent._done & lend.mask  # what was completed meanwhile released nothing below it
         self._recompute_parked(parent)
         blocked = plan.bit[last] | parent._done | parent._running | parent._parked | parent._ready

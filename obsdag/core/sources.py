@@ -249,6 +249,8 @@ class Sources(Joins):
             context._holds -= 1
             self.closed_pulls.append(pull)
             self.dirty = True
+        for each in (more.lends or {}).values():
+            self._join_no_more(each, now)
         more.pulls = None
         more.source = more.room = 0
         lend = more.lend
@@ -262,9 +264,6 @@ class Sources(Joins):
         if more.arrived:
             self._leave_join(lend, more.arrived_at)
         self._touched.append(lend)
-        parent = lend.parent
-        if not lend.keeps and parent._children and self.plan.maps & self.plan.bit[lend.index]:
-            parent._children.pop(context, None)  # a map without a join stays bounded
 
     # --- contexts that were in the run already
 
@@ -287,7 +286,7 @@ class Sources(Joins):
         if kept_at >= 0 and more is not None:
             more.kept_at = -1
             self._complete(other, kept_at, now)
-        if other._outcome is None and not other._done & self.plan.bit[index]:
+        if other._outcome is None and not other._done & self.plan.bit[index] and not self._fires(other, index):
             self._wait_no_more(other, index, now)
             other._ready &= ~self.plan.bit[index]
             self._complete(other, index, now)

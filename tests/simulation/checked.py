@@ -34,7 +34,7 @@ class Checked(Simulation):
         self.transitions += 1
         model.changes()
         getattr(self, f"_told_{what}")(model, *about)
-        if what not in ("wake", "close"):
+        if what not in ("wake", "close", "freeze", "thaw", "returned", "nudge"):
             self.quiet_since = self.now
         if what == "close":
             return

@@ -270,7 +270,8 @@ class Model:
             return self.enter(context, above | self.graph.bypass(task))
         node = self.enter(context, above | {0})
         node.choices = {router: set(chosen) for router, chosen in maker.choices.items() if router in above}
-        node.left_out = {t for t in self.skipped(maker) if self._left_out_above(maker, t, above)}
+        node.left_out = maker.left_out & above
+        node.left_out |= {t for t in self.skipped(maker) if self._left_out_above(maker, t, above)}
         return node
 
     def _left_out_above(self, maker: Node, task: int, above: set[int]) -> bool:
@@ -413,7 +414,7 @@ class Model:
     def _lost(self, node: Node) -> None:
         """The last hold is lost (C6)."""
         join = self.awaited_join(node)
-        children = [c for branch in node.branches.values() for c in branch.children if c.living]
+        children = [c for branch in node.branches.values() for c in branch.children if c.living and not c.left_branch]
         if join is not None and self.joinable(node) and not children:
             node.arrived = join
             return
@@ -425,7 +426,7 @@ class Model:
             for child in children:
                 self.end(child, "stalled")
             return
-        ended = [c for branch in node.branches.values() for c in branch.children]
+        ended = [c for branch in node.branches.values() for c in branch.children if not c.left_branch]
         outcomes = {c.outcome for c in ended}
         if outcomes & set(SUCCESS_BELOW):
             self.collect(node, "split")
@@ -677,15 +678,17 @@ class Model:
         if branch is not None and other.branches.get(branch.task) is branch:
             self.hand_back(other, branch, task)
             return True
-        if other.arrived == task:
+        if other.branch is not None and self.awaited_join(other) == task:
             other.left_branch, other.branch = True, None
         other.arrived = None
         if other.kept:
             other.completed |= other.kept
             other.kept.clear()
             other.frozen = False
-        other.completed.add(task)
-        self._unask(other, task)
+        firing = {each.joining for each in other.branches.values()}  # a join that is called all the same
+        if task not in firing and task not in self.skipped(other):
+            other.completed.add(task)
+            self._unask(other, task)
         return below
 
     def _unask(self, node: Node, task: int) -> None:

@@ -288,3 +288,55 @@ async def test_T15_a_join_waits_for_a_second_map_above_it_that_begins_late() -> 
 
     assert ended(await execute(dag, [{}], workers=2, tasks=2)) == {"output": 1, "merged": 3}
     assert calls == [3]
+
+
+@virtual
+async def test_E8_children_that_wait_at_a_join_of_a_frozen_parent_end_with_it() -> None:
+    dag = DAG()
+
+    @dag.map
+    async def parts(ctx: Context) -> AsyncIterator[Any]:
+        yield {}
+        yield {}
+
+    @dag.task
+    async def beside(ctx: Context) -> Context:
+        ctx.freeze()
+        return ctx
+
+    passing(dag, "last", after=beside)
+
+    @dag.join(after=[parts, "last"])
+    async def join(parent: Context, children: list[Context]) -> Context:
+        return parent
+
+    assert ended(await execute(dag, [{}], tasks=2)) == {"stalled": 3}
+
+
+@virtual
+async def test_C8_what_an_ended_child_of_a_map_left_behind_is_cancelled_with_the_root() -> None:
+    dag = DAG()
+    ran: list[str] = []
+
+    @dag.map
+    async def parts(ctx: Context) -> AsyncIterator[Any]:
+        yield {}
+
+    @dag.task(after=parts)
+    async def more(ctx: Context) -> list[Context]:
+        return [ctx, ctx.create_child()]
+
+    @dag.task(after=more)
+    async def slow(ctx: Context) -> Context:
+        if ctx.depth == 2:
+            await asyncio.sleep(9)
+            ran.append("slow")
+        return ctx
+
+    @dag.task
+    async def fails(ctx: Context) -> Context:
+        await asyncio.sleep(5)
+        raise ValueError("late")
+
+    assert ended(await execute(dag, [{}], workers=3, tasks=2)) == {"output": 1, "failed": 1, "cancelled": 1}
+    assert not ran
