@@ -301,6 +301,7 @@ async def test_E8_children_that_wait_at_a_join_of_a_frozen_parent_end_with_it() 
 
     @dag.task
     async def beside(ctx: Context) -> Context:
+        await asyncio.sleep(1)
         ctx.freeze()
         return ctx
 
@@ -310,7 +311,7 @@ async def test_E8_children_that_wait_at_a_join_of_a_frozen_parent_end_with_it() 
     async def join(parent: Context, children: list[Context]) -> Context:
         return parent
 
-    assert ended(await execute(dag, [{}], tasks=2)) == {"stalled": 3}
+    assert ended(await execute(dag, [{}], workers=2, tasks=2)) == {"stalled": 3}
 
 
 @virtual
