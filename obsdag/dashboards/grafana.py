@@ -29,6 +29,7 @@ with warnings.catch_warnings():  # it recommends its own next version, whose fil
 __all__ = ["to_json"]
 
 _SOURCE: Final = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
+_LABEL_VALUES: Final = 1  # as Grafana's own editor writes such queries
 _HEIGHT: Final = {"stat": 4, "timeline": 6}
 _TARGET: Final = 'job=~"$job", instance=~"$instance"'
 _ENGINE: Final = f'{_TARGET}, engine=~"$engine"'
@@ -87,7 +88,7 @@ def _variable(name: str, query: str) -> Any:
         dashboard.QueryVariable(name)
         .label(name.capitalize() if name != "dag" else "DAG")
         .datasource(_SOURCE)
-        .query({"query": query, "refId": name})
+        .query({"qryType": _LABEL_VALUES, "query": query, "refId": "PrometheusVariableQueryEditor-VariableQuery"})
         .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(models.VariableSort.ALPHABETICAL_ASC)
         .multi(True)
