@@ -92,11 +92,15 @@ class OpsServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._began = threading.Event()
+        self._failed: BaseException | None = None
         self._pid = os.getpid()
         self._target = None if file_sd is None else TargetFile(file_sd, f"{self.host}:{self.port}", labels)
         self._thread = threading.Thread(target=self._main, name="obsdag-ops", daemon=True)
         self._thread.start()
         self._began.wait()
+        if self._failed is not None:
+            self.close()
+            raise self._failed
 
     def __repr__(self) -> str:
         return f"<OpsServer {self.url}{'' if self._thread.is_alive() else ' closed'}>"
@@ -106,6 +110,10 @@ class OpsServer:
             with asyncio.Runner() as runner:
                 self._loop = runner.get_loop()
                 runner.run(self._serve())
+        except BaseException as error:
+            if self._began.is_set():
+                raise
+            self._failed = error
         finally:
             self._began.set()
             self._listening.close()

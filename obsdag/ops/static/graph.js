@@ -203,7 +203,6 @@ export class Graph {
     button.classList.toggle("unused", !numbers.running && !numbers.waiting && !numbers.done);
     const said = [button.box.name, now.textContent, pace.textContent, numbers.failed ? `${count(numbers.failed)} failed` : ""];
     button.title = said.filter(Boolean).join("\n");
-    button.setAttribute("aria-label", said.filter(Boolean).join(", "));
     return numbers.running > 0 || numbers.rate > 0;
   }
 }

@@ -59,7 +59,7 @@ export function tiles(state, history, now) {
 }
 
 function makeTile(tile) {
-  const made = el("dl", { class: "tile" }, el("dt", {}, tile.name), el("dd"), el("small"));
+  const made = el("div", { class: "tile" }, el("span", {}, tile.name), el("b"), el("small"));
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", "0 0 100 26");
   svg.setAttribute("preserveAspectRatio", "none");
