@@ -1,0 +1,146 @@
+"""What durability costs: durable executions per second beside a bare `executemany` loop, and the time of a submit.
+
+    python tests/benchmarks/bench_journal.py [ROUNDS] [DIR]
+
+Interleaved rounds in one run, on the same disk (DIR, else a temporary folder), fsync at each commit ("power"). The bare
+loop writes rows of the same columns and sizes in groups of 256, one commit each, and does nothing else. An execution
+counts when its effect is committed: a run returns after its last commit. Figures are medians; the ratio is what to
+compare.
+
+    chain     10 tasks after each other, 16 workers: what one turn of the event loop brought on is one row per context
+    waits     the same, each task suspends once: nothing is brought on twice in a turn
+    none      chain without a journal
+    submit    acknowledged submits of 1 task at half of the rate of `one`, open loop: p50 and p99 of the wait
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+from obsdag import DAG, Context, Executor, ExecutorConfig, ServeExecutor, SQLiteJournal
+from obsdag.journal.schema import Row, create
+
+SECONDS = 2.0
+DATA = {"order": 12345, "customer": "somebody", "items": ["a", "b", "c"], "total": 99.5}
+
+
+def dag_of(length: int, suspends: bool) -> DAG:
+    """A chain of tasks that do next to nothing."""
+    dag = DAG(f"chain{length}{suspends}")
+    before: str | None = None
+    for number in range(length):
+
+        async def work(ctx: Context) -> Context:
+            if suspends:
+                await asyncio.sleep(0)
+            ctx["step"] = ctx.get("step", 0) + 1
+            return ctx
+
+        dag.task(name=f"t{number}", after=[before] if before else [])(work)
+        before = f"t{number}"
+    return dag
+
+
+def bare(folder: Path) -> float:
+    """Rows per second of a loop of `executemany` with a commit per 256 rows."""
+    path = folder / "bare.db"
+    path.unlink(missing_ok=True)
+    connection = sqlite3.connect(path, isolation_level=None)
+    for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+    create(connection)
+    connection.execute("INSERT INTO plans VALUES (1, 'f', 'd', '[]')")
+    statement = f"INSERT OR REPLACE INTO contexts VALUES ({', '.join('?' * len(Row._fields))})"
+    count, began = 0, perf_counter()
+    while perf_counter() - began < SECONDS:
+        rows = [(count + n, f"c{count + n}", 1, None, 1, None, None, None, b"b" * 24, b"d" * 70, 7) for n in range(256)]
+        connection.execute("BEGIN")
+        connection.executemany(statement, rows)
+        connection.execute("COMMIT")
+        count += 256
+    rate = count / (perf_counter() - began)
+    connection.close()
+    return rate
+
+
+async def run(folder: Path, length: int, suspends: bool, journal: bool = True) -> float:
+    """Durable executions per second."""
+    path = folder / "run.db"
+    for suffix in ("", "-wal"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    given = SQLiteJournal(path) if journal else None
+    executor = Executor(dag_of(length, suspends), config=ExecutorConfig(context_worker_num=16, journal=given))
+    began = perf_counter()
+
+    def inputs() -> Any:
+        while perf_counter() - began < SECONDS:
+            yield dict(DATA)
+
+    result = await executor.run(inputs())
+    assert not result.failures
+    return len(result) * length / (perf_counter() - began)
+
+
+async def submits(folder: Path, rate: float) -> tuple[float, float]:
+    """p50 and p99, in ms, of submits that come at `rate` per second whatever becomes of those before."""
+    path = folder / "submit.db"
+    for suffix in ("", "-wal"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    waits: list[float] = []
+    config = ExecutorConfig(context_worker_num=16, journal=SQLiteJournal(path))
+    async with ServeExecutor(dag_of(1, False), config=config) as executor:
+        began, sent = perf_counter(), 0
+        clients: set[asyncio.Task[None]] = set()
+
+        async def client() -> None:
+            asked = perf_counter()
+            ticket = await executor.submit(dict(DATA))
+            waits.append(perf_counter() - asked)
+            await ticket.result()
+
+        while (passed := perf_counter() - began) < SECONDS:
+            while sent < passed * rate:
+                sent += 1
+                task = asyncio.ensure_future(client())
+                clients.add(task)
+                task.add_done_callback(clients.discard)
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*clients)
+    steps = quantiles(waits, n=100)
+    return steps[49] * 1e3, steps[98] * 1e3
+
+
+async def main(rounds: int, folder: Path) -> None:
+    """Rounds in turn, and the table."""
+    cases: dict[str, Callable[[], Awaitable[float]]] = {
+        "chain": lambda: run(folder, 10, False),
+        "waits": lambda: run(folder, 10, True),
+        "one": lambda: run(folder, 1, False),
+        "none": lambda: run(folder, 10, False, journal=False),
+    }
+    figures: dict[str, list[float]] = {"bare": [], **{name: [] for name in cases}}
+    for _ in range(rounds):
+        figures["bare"].append(await asyncio.to_thread(bare, folder))
+        for name, case in cases.items():
+            figures[name].append(await case())
+    base = median(figures["bare"])
+    for name, found in figures.items():
+        print(f"{name:8} {median(found):12,.0f} /s   {median(found) / base:6.2f} of bare")
+    for share in (0.5, 0.1):
+        rate = median(figures["one"]) * share
+        p50, p99 = await submits(folder, rate)
+        print(f"submit   at {rate:,.0f}/s: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as temporary:
+        asyncio.run(main(int(given[0]) if given else 5, Path(given[1] if len(given) > 1 else temporary)))
