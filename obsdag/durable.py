@@ -100,8 +100,7 @@ class Durable:
             entry: Entry = context._entry
             ticket = tickets.get(entry.tree)
             if ticket is None:
-                done = shell.loop.create_future()
-                ticket = tickets[entry.tree] = Ticket(desk, context, done, entry.entered - epoch)
+                ticket = tickets[entry.tree] = Ticket(desk, context, entry.entered - epoch)
                 book.add(ticket)
                 if entry.due is not None:
                     ticket._timer = shell.run.timers.set(entry.due - epoch, desk._deadline_passed, ticket)

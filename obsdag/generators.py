@@ -241,7 +241,9 @@ class MapRunner(LoopRunner):
             if not isinstance(item, Mapping):
                 raise TaskError(f"map task {self.task.id!r} gave {item!r:.80}; it gives contexts or mappings")
             return parent._child(data=item)
-        if item._parent is None and item._run is None and item is not parent:
+        if item is parent:
+            raise TaskError(f"map task {self.task.id!r} gave its own context; it gives children: contexts or mappings")
+        if item._parent is None and item._run is None:
             item._parent = parent
             if parent._children is None:
                 parent._children = {}

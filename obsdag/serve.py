@@ -300,7 +300,7 @@ class ServeExecutor(Executor):
         run, now = shell.run, shell.clock()
         if self._durable is not None:
             self._durable.accept(context, now, due, self._reject)
-        ticket = Ticket(self, context, shell.loop.create_future(), now)
+        ticket = Ticket(self, context, now)
         self._tickets.add(ticket)
         if run.facts.submitted is not None:
             run.facts.submitted(context, now)

@@ -38,18 +38,32 @@ class Ticket:
     """One submission (S1): it covers the context and everything that is made from it.
 
     id, context: of the submission. accepted_at: when it was accepted (run clock). `status`: pending, running, or how
-    the submitted context ended. A result is kept until it is fetched, or for `result_ttl`.
+    the submitted context ended. done: whether everything that it covers has ended. A result is kept until it is
+    fetched, or for `result_ttl`.
     """
 
-    __slots__ = ("_desk", "_done", "_expired", "_lost", "_timer", "_unwanted", "accepted_at", "context", "id", "scope")
+    __slots__ = (
+        "_desk",
+        "_expired",
+        "_lost",
+        "_timer",
+        "_unwanted",
+        "_waiters",
+        "accepted_at",
+        "context",
+        "done",
+        "id",
+        "scope",
+    )
 
-    def __init__(self, desk: Desk, context: Context, done: asyncio.Future[None], now: float) -> None:
+    def __init__(self, desk: Desk, context: Context, now: float) -> None:
         self.id = context.id
         self.context = context
         self.accepted_at = now
         self.scope = context._scope = Scope(context, desk._scope_done)
         self._desk = desk
-        self._done = done
+        self.done = False
+        self._waiters: list[asyncio.Future[None]] = []  # one each: whoever stops waiting takes nothing from the others
         self._expired = False
         self._lost: JournalError | None = None  # its outcome could not be committed: nobody may rely on it
         self._unwanted = False  # whoever asked is gone: nothing is kept for them
@@ -61,7 +75,7 @@ class Ticket:
     @property
     def status(self) -> str:
         """pending, running, or the outcome of the submitted context once all that was made from it has ended."""
-        if self._done.done():
+        if self.done:
             return self.outcome
         return "running" if self.context._run is not None else "pending"
 
@@ -71,11 +85,6 @@ class Ticket:
         context = self.context
         kept = context._more.pending_end if context._more is not None else None
         return context._outcome or kept or "cancelled"
-
-    @property
-    def done(self) -> bool:
-        """Whether everything that it covers has ended."""
-        return self._done.done()
 
     async def result(self, timeout: float | None = None) -> OutputContext:
         """The only output. Waits for at most `timeout` seconds, without cancelling anything.
@@ -92,9 +101,11 @@ class Ticket:
 
     async def results(self, timeout: float | None = None) -> list[OutputContext]:
         """All outputs, in order of completion; none is no error here. Waits and raises as `result` does."""
-        if not self._done.done():
+        if timeout is None:
+            await self._ended()
+        else:
             async with asyncio.timeout(timeout):
-                await asyncio.shield(self._done)
+                await self._ended()
         if self._expired:
             raise UnknownTicketError(f"the result of context {self.id!r} was not fetched in time and has been dropped")
         if self._lost is not None:
@@ -104,6 +115,24 @@ class Ticket:
         if failure is not None:
             raise ContextFailedError(str(failure), failure.context.error_info) from failure.exception
         return list(self.scope.outputs)
+
+    async def _ended(self) -> None:
+        if self.done:
+            return
+        # A future of its own wakes the waiter in the next turn of the loop; a shield around a common one takes two.
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.remove(waiter)
+
+    def close(self) -> None:
+        """Everything that it covers has ended: wakes whoever waits."""
+        self.done = True
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _failure(self) -> Failure | None:
         """What fails the ticket: its context, or one that replaced it; a child only if nothing came out at all."""
@@ -164,8 +193,7 @@ class TicketBook:
         """Everything that it covers has ended: whoever waits is told, and the result is kept for a while."""
         del self._by_scope[ticket.scope]
         self.open -= 1
-        if not ticket._done.done():
-            ticket._done.set_result(None)
+        ticket.close()
         if ticket._unwanted:
             self.forget(ticket)
             return

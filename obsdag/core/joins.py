@@ -46,6 +46,7 @@ class Joins(Progress):
         more = more_of(child)
         join = more.arrived_at
         more.arrived = True
+        child._executions = None  # many may wait for long: 56 bytes each
         self.at_joins += 1
         if join not in lend.arrived:
             self.joins_pending[join] += 1

@@ -86,6 +86,8 @@ class Waits(Lifecycle):
         setattr(more, kind, getattr(more, kind) | bit)
         context._parked |= bit
         context._holds += 1
+        if not context._executions:
+            context._executions = None  # many may wait for long: 56 bytes each
 
     def _unpark(self, context: Context, more: More, index: int, kind: str) -> None:
         bit = self.plan.bit[index]

@@ -33,7 +33,7 @@ async def test_once_and_without_a_terminal_it_prints_and_ends(tmp_path: Path) ->
         with start_ops_server(executor, port=0) as ops:
             await executor.submit({"stuck": 60.0, "lines": 3}, id="order-4711")
             failed = await executor.submit({"fail": "reset by peer", "lines": 1})
-            await asyncio.wait_for(failed._done, 30)
+            await asyncio.wait_for(failed._ended(), 30)
             printed = await _top(ops, "--once", folder=tmp_path)
 
     assert printed.startswith("shop / orders  accepting\n")
@@ -52,7 +52,7 @@ async def test_what_others_wrote_sends_the_terminal_no_commands(tmp_path: Path) 
     with start_ops_server(executor, port=0) as ops:
         async with executor:
             ticket = await executor.submit({}, id="\x1b[2Jid")
-            await asyncio.wait_for(ticket._done, 10)
+            await asyncio.wait_for(ticket._ended(), 10)
             printed = await _top(ops, "--once", folder=tmp_path)
             status, seen = await asyncio.to_thread(
                 on_terminal, "top", ops.url, folder=tmp_path, columns=200, keys=b"q", when=b"FAILURES"

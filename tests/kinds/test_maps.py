@@ -269,6 +269,16 @@ async def test_T15_a_map_that_gives_no_contexts_says_so() -> None:
     assert "map task 'spread' gave 1; it gives contexts or mappings" in str(result.failures[0].exception)
 
 
+@every_worker_num
+async def test_T15_a_map_that_gives_its_own_context_fails_it(engine: Engine) -> None:
+    dag = DAG()
+    dag.map(lambda ctx: [{"n": 1}, ctx], name="spread")
+    dag.join(_lengths, after="spread", name="gather")
+    result = await engine.run(dag)
+    assert_counts(result, failed=1, cancelled=result.counts["cancelled"])
+    assert "map task 'spread' gave its own context; it gives children" in str(result.failures[0].exception)
+
+
 async def test_T14_a_map_is_retried_before_its_first_child_and_not_after() -> None:
     dag = DAG()
     calls: list[str] = []

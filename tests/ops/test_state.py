@@ -66,11 +66,11 @@ async def test_a_watch_that_comes_late_sees_what_follows_and_goes_without_a_trac
     own = executor.config.observers
     async with executor:
         first = await executor.submit({})
-        await asyncio.wait_for(first._done, 5)
+        await asyncio.wait_for(first._ended(), 5)
         reader = reader_of(executor)
         await asyncio.sleep(0)  # the run's own thread takes it in
         second = await executor.submit({}, id="late")
-        await asyncio.wait_for(second._done, 5)
+        await asyncio.wait_for(second._ended(), 5)
         state, rows = reader.read()
         reader.watch.close()
         assert executor.config.observers == own
@@ -92,7 +92,7 @@ async def test_users_data_is_nowhere_and_texts_are_redacted_and_cut() -> None:
     reader = reader_of(executor)
     async with executor:
         ticket = await executor.submit({"card": "4111", "name": "Ada"})
-        await asyncio.wait_for(ticket._done, 5)
+        await asyncio.wait_for(ticket._ended(), 5)
         state, rows = reader.read()
 
     text = json.dumps([state, rows])
@@ -115,7 +115,7 @@ async def test_a_redaction_that_raises_shows_nothing() -> None:
     reader = reader_of(executor)
     async with executor:
         ticket = await executor.submit({})
-        await asyncio.wait_for(ticket._done, 5)
+        await asyncio.wait_for(ticket._ended(), 5)
 
     assert "secret" not in json.dumps(reader.read())
 
