@@ -257,14 +257,12 @@ class DeferredTracer(Keeper):
         span = execution.span = ExecutionSpan()  # `span_in` written out
         span.trace = trace
         span.trace_id = root.trace_id
-        span.ended = False
         span.execution = execution
         make_current(span)
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Leaves a record."""
         span = execution.span
-        span.ended = True
         span.execution = None
         root = span.trace
         if type(root) is RootTrace and outcome == "success":
@@ -295,7 +293,6 @@ class DeferredTracer(Keeper):
         else:
             self._tally.execution_finished(execution, outcome, error, now)
         span = execution.span  # as in `execution_finished`
-        span.ended = True
         span.execution = None
         root = span.trace
         if type(root) is RootTrace and outcome == "success":
@@ -397,8 +394,7 @@ class DeferredTracer(Keeper):
             root = trace.root
         more = root.more
         base = more.base if more is not None and more.base is not None else self._base
-        span = execution.span = span_in(trace, root.trace_id, base)
-        span.execution = execution
+        span = execution.span = span_in(trace, root.trace_id, base, execution)
         if more is not None and more.pull == "open":
             more.tail.add(span)
         if more is not None and bit & self.plan.joins:

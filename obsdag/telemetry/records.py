@@ -279,19 +279,23 @@ class RootTrace(ContextTrace):
 class ExecutionSpan(OwnContext, Span):
     """The current span while a task runs: ids at once, everything else only if somebody asks or the trace is kept.
 
-    trace_id, id: its own. trace: of its context. ended: calls change nothing more. execution: while it runs. Made by
+    trace_id, id: its own. trace: of its context. execution: while it runs. Made by
     `span_in`, which the hot path writes out: an `__init__` would cost 0.1 us.
     """
 
-    __slots__ = ("ended", "execution", "trace", "trace_id")
+    __slots__ = ("execution", "trace", "trace_id")
 
     # Class attributes, and the id only when somebody asks: most spans are thrown away without (0.05 us).
     details: Details | None = None
     _id = 0
     trace: ContextTrace
     trace_id: int
-    ended: bool
     execution: Execution | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether calls change nothing more."""
+        return self.execution is None
 
     @property
     def id(self) -> int:
@@ -388,10 +392,12 @@ class ExecutionSpan(OwnContext, Span):
         return self.detail()
 
 
-def span_in(trace: ContextTrace, trace_id: int, base: OtelContext | None = None) -> ExecutionSpan:
+def span_in(
+    trace: ContextTrace, trace_id: int, base: OtelContext | None = None, execution: Execution | None = None
+) -> ExecutionSpan:
     """The span of an execution that begins; base: what else is in its OpenTelemetry context, baggage."""
     span = ExecutionSpan() if base is None else ExecutionSpan(base)
-    span.trace, span.trace_id, span.ended, span.execution = trace, trace_id, False, None
+    span.trace, span.trace_id, span.execution = trace, trace_id, execution
     return span
 
 
