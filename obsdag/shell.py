@@ -144,7 +144,7 @@ class RunShell(Mailbox):
             context = self._pull_input(worker.number, now)
             if context is None:
                 return None
-        if self.free and (run.queue.size or self.inputs is not None):
+        if self.free and (run.queue.size or run.queue.loop or self.inputs is not None):
             self.wake_worker()
         elif self.feeding is not None and self.free:
             self.wanted.set()

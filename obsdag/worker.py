@@ -68,7 +68,7 @@ class Worker:
                 if type(context) is LoopContext:
                     await shell.drive_pull(context, self)
                     now = clock()
-                    if shell.free and run.queue.size:
+                    if shell.free and (run.queue.size or run.queue.loop):
                         shell.wake_worker()
             execution = begin(context, now, number)
             while execution is not None:
@@ -99,7 +99,7 @@ class Worker:
                             continue
                         if run.dirty:
                             shell.pump()
-                if shell.free and run.queue.size:
+                if shell.free and (run.queue.size or run.queue.loop):
                     shell.wake_worker()
                 execution = None
                 if context._ready:

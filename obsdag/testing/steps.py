@@ -115,7 +115,7 @@ class Steps:
         self.told("take", context)
         if context is None:
             context = self._pull_input(number)
-        if context is not None and self._free and (run.queue.size or self.inputs is not None):
+        if context is not None and self._free and (run.queue.size or run.queue.loop or self.inputs is not None):
             self._wake_worker()
         return context
 
@@ -165,7 +165,7 @@ class Steps:
 
     def _between(self, visit: Visit | None) -> None:
         """A runner's execution is over: it goes on with the next, perhaps a moment later."""
-        if self._free and self.run.queue.size and not self.stopped:
+        if self._free and (self.run.queue.size or self.run.queue.loop) and not self.stopped:
             self._wake_worker()
         if visit is None:
             return

@@ -341,3 +341,27 @@ async def test_C8_what_an_ended_child_of_a_map_left_behind_is_cancelled_with_the
 
     assert ended(await execute(dag, [{}], workers=3, tasks=2)) == {"output": 1, "failed": 1, "cancelled": 1}
     assert not ran
+
+
+@virtual
+async def test_E5_an_idle_worker_asks_a_map_for_items_while_another_branch_of_its_context_runs() -> None:
+    dag = DAG()
+    asked: list[float] = []
+
+    @dag.map
+    async def parts(ctx: Context) -> AsyncIterator[Any]:
+        for _ in range(3):
+            asked.append(now())
+            yield {}
+
+    @dag.task
+    async def slow(ctx: Context) -> Context:
+        await asyncio.sleep(10)
+        return ctx
+
+    @dag.join(after=[parts, slow])
+    async def join(parent: Context, children: list[Context]) -> Context:
+        return parent
+
+    await execute(dag, [{}], workers=2, tasks=2)
+    assert asked == [0.0, 0.0, 0.0]
