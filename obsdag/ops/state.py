@@ -19,6 +19,7 @@ from obsdag.ops.findings import Story
 from obsdag.ops.watch import Rates, Sample, Watch, trace_id_of
 from obsdag.serve import ServeExecutor
 from obsdag.telemetry.gauges import settled_counts
+from obsdag.telemetry.tally import MetricsObserver
 
 if TYPE_CHECKING:
     from obsdag.context import Context
@@ -181,11 +182,11 @@ class Reader:
         tallies = _tallies(shells)
         if not tallies:
             return None
-        sharing = Counter(map(id, tallies[0]._rows))
+        sharing = Counter(map(id, tallies[0].rows))
         return [
             []
-            if sharing[id(tallies[0]._rows[i])] > 1
-            else [sum(parts) for parts in zip(*(t._rows[i] for t in tallies), strict=True)]
+            if sharing[id(tallies[0].rows[i])] > 1
+            else [sum(parts) for parts in zip(*(t.rows[i] for t in tallies), strict=True)]
             for i in self._inner
         ]
 
@@ -220,9 +221,9 @@ def _parts(unreadable: list[str], shells: list[RunShell], living: Living) -> dic
     return found
 
 
-def _tallies(shells: list[RunShell]) -> list[Any]:
-    found = [o for shell in shells for o in shell.run.facts._observers if getattr(o, "signal", "") == "metrics"]
-    return list({id(each): each for each in found if hasattr(each, "_rows")}.values())
+def _tallies(shells: list[RunShell]) -> list[MetricsObserver]:
+    found = [each for shell in shells for each in shell.run.facts._observers if isinstance(each, MetricsObserver)]
+    return list({id(each): each for each in found}.values())
 
 
 def _latency(

@@ -58,6 +58,25 @@ async def test_before_during_and_after_a_run() -> None:
     assert numbers(reader, last, "waits")["executions"] == 2
 
 
+async def test_rates_means_and_quantiles_are_of_the_last_seconds() -> None:
+    async def sleeps(ctx: Context) -> Context:
+        await asyncio.sleep(0.02)
+        return ctx
+
+    executor = service(one_task(sleeps))
+    reader = reader_of(executor)
+    async with executor:
+        reader.read()
+        await asyncio.gather(*(executor.execute({}) for _ in range(100)))  # half a second of real time, four at once
+        state, rows = reader.read()
+
+    found = numbers(reader, rows, "sleeps")
+    assert 20 < found["rate"] < 250
+    assert 0.019 < found["mean_s"] < 0.5
+    assert 0.01 < found["p95_s"] < 1.0
+    assert 20 < state["rate"]["ended"] < 250
+
+
 async def test_a_watch_that_comes_late_sees_what_follows_and_goes_without_a_trace() -> None:
     async def fails(ctx: Context) -> Context:
         raise ValueError("no such order")

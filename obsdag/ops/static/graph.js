@@ -32,7 +32,6 @@ export class Graph {
     this.nodes = nodes;
     this.rows = undefined;
     this.depth = depths(nodes);
-    this.kindless = new Set(["async", "sync"]);
     this.path = [];
     this.layOut();
   }
@@ -129,8 +128,7 @@ export class Graph {
   }
 
   kind(index) {
-    const { kind } = this.nodes[index];
-    return this.kindless.has(kind) ? "" : kind;
+    return this.nodes[index].kind.replace(/^(async|sync|foreground)_?/, "");
   }
 
   press(box) {

@@ -92,11 +92,11 @@ export function where(state) {
     (made, [, number]) => text(made.children[1], count(number)));
 }
 
-// Failures of the same kind at the same task are one entry: the newest, and how many there are.
+// Failures that differ in numbers and ids only are one entry: the newest, and how many there are.
 function alike(failures) {
   const found = new Map();
   for (const each of failures) {
-    const kind = JSON.stringify([each.task, each.error, each.message]);
+    const kind = JSON.stringify([each.task, each.error, each.message.replace(/[0-9a-f-]{8,}|\d+/gi, "#")]);
     if (!found.has(kind)) found.set(kind, { kind, newest: each, times: 0 });
     found.get(kind).times += 1;
   }
