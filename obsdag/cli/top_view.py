@@ -123,7 +123,8 @@ class Screen:
         head = f"{f'TASK (by {self.sort})':<{name_width}}" + "".join(f"{name.upper():>9}" for name in _HEADS)
         lines = [Text(head, "dim bold")]
         shown_rows = rows if len(rows) < most else rows[: max(most - 2, 1)]
-        lines += [_task(name, row, columns, name_width) for name, row in shown_rows]
+        floor_s = executor["state"]["floor_s"]
+        lines += [_task(name, row, columns, name_width, floor_s) for name, row in shown_rows]
         if len(shown_rows) < len(rows):
             lines.append(Text(f"and {count(len(rows) - len(shown_rows))} more", "dim"))
         return [_fit(line, width) for line in lines]
@@ -180,7 +181,7 @@ def _states(state: dict[str, Any], width: int) -> list[Text]:
     return [bar, legend]
 
 
-def _task(name: str, row: list[Any], columns: dict[str, int], width: int) -> Text:
+def _task(name: str, row: list[Any], columns: dict[str, int], width: int, floor_s: float | None) -> Text:
     numbers = {each: row[n] for each, n in columns.items()}
     label = shown(name)
     label = label if len(label) < width else f"{label[: width - 2]}\N{HORIZONTAL ELLIPSIS}"
@@ -191,12 +192,19 @@ def _task(name: str, row: list[Any], columns: dict[str, int], width: int) -> Tex
         (count(numbers["executions"]), "" if numbers["executions"] else "dim"),
         (rate(numbers["rate"]), "" if numbers["rate"] else "dim"),
         (duration(numbers["mean_s"]), ""),
-        (duration(numbers["p95_s"]), ""),
+        (_quantile(numbers["p95_s"], floor_s), ""),
         (count(numbers["failed"]), "bold red" if numbers["failed"] else "dim"),
         (count(numbers["retried"]), "" if numbers["retried"] else "dim"),
     ):
         line.append(f"{value:>9}", style)
     return line
+
+
+def _quantile(seconds: float | None, floor_s: float | None) -> str:
+    """From buckets: of what is below the first bound, only that is known."""
+    if seconds is not None and floor_s is not None and seconds <= floor_s:
+        return f"\N{LESS-THAN OR EQUAL TO} {duration(floor_s)}"
+    return duration(seconds)
 
 
 def _title(text: str) -> Text:

@@ -83,6 +83,7 @@ class Reader:
             "unaccounted": unaccounted,
             "states": states,
             "rate": rate,
+            "floor_s": next(iter(_bounds(shells)), None),
             **_parts(unreadable, shells, living),
             **self._remembered(),
             "unreadable": unreadable,
@@ -247,13 +248,18 @@ def _latency(
 
 
 def _quantile(counts: list[float], bounds: tuple[float, ...], share: float) -> float | None:
-    """Linear within its bucket, as Prometheus's histogram_quantile; the last bound stands for all above it."""
+    """Linear within its bucket, as Prometheus's histogram_quantile; the last bound stands for all above it.
+
+    The first bound stands for all below it: linear would make of microseconds almost a millisecond.
+    """
     total = sum(counts)
     if total <= 0 or min(counts) < 0:
         return None
     wanted, seen, low = share * total, 0.0, 0.0
     for count, high in zip(counts, bounds, strict=False):
         if seen + count >= wanted:
+            if not low:
+                return high
             return round(low + (high - low) * (wanted - seen) / count, 6)
         seen, low = seen + count, high
     return bounds[-1]

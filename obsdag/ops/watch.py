@@ -28,6 +28,8 @@ __all__ = ["KEPT", "Rates", "Sample", "Watch"]
 KEPT: Final = 50
 """Failures, events and traces that are remembered, the newest."""
 _TEXT: Final = 500
+_BLOCKED: Final = "event loop blocked"
+_SAME_S: Final = 0.1
 _LONG_S: Final = 1.0  # a loop that was blocked for less is worth a line in the list, and no warning on top of the page
 _WINDOW_S: Final = 10.0
 _SPACING_S: Final = 0.9
@@ -133,6 +135,8 @@ class Watch(Observer):
     def loop_blocked(self, execution: Execution | None, blocked_s: float, stack: str) -> None:
         """Who keeps the event loop from turning."""
         now = time.monotonic()
+        if now - blocked_s - self._blocked[0] < _SAME_S and self.events and self.events[-1]["event"] == _BLOCKED:
+            self.events.pop()  # it is told again as it becomes longer
         self._blocked = (now - blocked_s, now, execution.task.id if execution is not None else "")
         who = f", by task {execution.task.id!r} on {execution.context.id}" if execution is not None else ""
         self._event(

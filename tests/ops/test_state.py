@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -75,6 +77,23 @@ async def test_rates_means_and_quantiles_are_of_the_last_seconds() -> None:
     assert 0.019 < found["mean_s"] < 0.5
     assert 0.01 < found["p95_s"] < 1.0
     assert 20 < state["rate"]["ended"] < 250
+    assert state["floor_s"] == 0.001
+
+
+async def test_a_block_that_becomes_longer_is_one_event() -> None:
+    async def blocks(ctx: Context) -> Context:
+        time.sleep(1.2)  # noqa: ASYNC251 - the mistake that this is about
+        return ctx
+
+    executor = service(one_task(blocks))
+    reader = reader_of(executor)
+    async with executor:
+        await executor.execute({}, id="slow")
+        state, _ = reader.read()
+
+    (event,) = [each for each in state["events"] if each["event"] == "event loop blocked"]
+    assert re.fullmatch(r"for [01]\.\d s, by task 'blocks' on slow", event["text"])
+    assert "time.sleep(1.2)" in event["detail"]
 
 
 async def test_a_watch_that_comes_late_sees_what_follows_and_goes_without_a_trace() -> None:

@@ -102,8 +102,8 @@ function draw() {
   panels.tiles(state, history, feed.at);
   panels.where(state);
   if (graph.turned()) graph.layOut();
-  graph.fill(rows, (i) => feed.at - (executor.failedAt.get(i) ?? -Infinity) < TROUBLE_S);
-  table.fill(rows);
+  graph.fill(rows, (i) => feed.at - (executor.failedAt.get(i) ?? -Infinity) < TROUBLE_S, state.floor_s);
+  table.fill(rows, state.floor_s);
   panels.failures(state, feed.at, task, feed.jaeger_url);
   panels.joins(state, task);
   panels.slowest(state, task, feed.jaeger_url);

@@ -12,6 +12,11 @@ export function duration(seconds) {
   return `${Math.floor(seconds / 86400)} d ${Math.floor((seconds % 86400) / 3600)} h`;
 }
 
+// A quantile from buckets: of what is below the first bound, only that is known.
+export function quantile(seconds, floor) {
+  return seconds !== null && seconds !== undefined && seconds <= floor ? `\u2264 ${duration(floor)}` : duration(seconds);
+}
+
 export function count(number) {
   if (number < 10_000) return String(number);
   if (number < 1_000_000) return `${(number / 1e3).toFixed(number < 100_000 ? 1 : 0)} k`;

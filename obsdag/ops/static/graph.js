@@ -1,7 +1,7 @@
 // The drawing of the graph: buttons over lines. It is laid out when what is shown changes, and only filled in on updates.
 
 import { el, text } from "./dom.js";
-import { count, duration, rate } from "./format.js";
+import { count, quantile, rate } from "./format.js";
 import { boxesOf, depths, folded, layersOf, place } from "./model.js";
 
 const WIDE = { width: 158, height: 68, along: 44, across: 14, most: 6 };
@@ -61,7 +61,7 @@ export class Graph {
     this.size(rows.length * (thick + form.along) - form.along, length - form.across);
     this.draw(rows, lines, form.across / 2, thick);
     this.trail();
-    if (this.rows) this.fill(this.rows, this.trouble);
+    if (this.rows) this.fill(this.rows, this.trouble, this.floor);
   }
 
   size(along, across) {
@@ -174,8 +174,9 @@ export class Graph {
   }
 
   // rows: numbers by task; trouble(index): whether it failed within the last minute.
-  fill(rows, trouble) {
+  fill(rows, trouble, floor) {
     this.rows = rows;
+    this.floor = floor;
     this.trouble = trouble;
     const active = this.buttons.map((button) => this.show(button, sum(button.box.members, rows), trouble));
     const busy = new Map(this.buttons.map((button, n) => [this.shape.boxes.indexOf(button.box), active[n]]));
@@ -191,7 +192,7 @@ export class Graph {
     if (numbers.waiting) bits.push(`${count(numbers.waiting)} waiting`);
     text(now, bits.join(" \u00b7 ") || (numbers.done ? `${count(numbers.done)} done` : "not used yet"));
     const size = button.box.group ? `${count(button.box.members.length)} tasks` : "";
-    const paced = numbers.rate ? `${rate(numbers.rate)} \u00b7 p95 ${duration(numbers.p95)}` : bits.length && numbers.done ? `${count(numbers.done)} done` : "";
+    const paced = numbers.rate ? `${rate(numbers.rate)} \u00b7 p95 ${quantile(numbers.p95, this.floor)}` : bits.length && numbers.done ? `${count(numbers.done)} done` : "";
     text(pace, size ? [numbers.rate ? rate(numbers.rate) : "", size].filter(Boolean).join(" \u00b7 ") : paced);
     text(bad, numbers.failed ? `\u2715 ${count(numbers.failed)}` : "");
     const failing = button.box.members.some(trouble);

@@ -1,7 +1,7 @@
 // The table of tasks: searched, narrowed and sorted over all of them, drawn for the first few only.
 
 import { $, el, sync, text } from "./dom.js";
-import { count, duration, rate } from "./format.js";
+import { count, duration, quantile, rate } from "./format.js";
 
 const PAGE = 40;
 const COLUMNS = [
@@ -61,8 +61,9 @@ export class Table {
     this.draw();
   }
 
-  fill(rows) {
+  fill(rows, floor) {
     this.rows = rows;
+    this.floor = floor;
     this.draw();
   }
 
@@ -109,7 +110,7 @@ export class Table {
     number(3, row.executions);
     cell(4, rate(row.rate), row.rate ? "" : "zero");
     cell(5, duration(row.mean_s), row.mean_s === null ? "zero" : "");
-    cell(6, duration(row.p95_s), row.p95_s === null ? "zero" : "");
+    cell(6, quantile(row.p95_s, this.floor), row.p95_s === null ? "zero" : "");
     number(7, row.failed, "bad");
     number(8, row.retried);
   }
