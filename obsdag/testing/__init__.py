@@ -6,7 +6,7 @@ telemetry   assertions on log lines, metrics, facts and spans
 """
 
 from obsdag.testing.clock import HangError, VirtualLoop, run_virtual
-from obsdag.testing.simulation import Simulation, SimulationError, simulate, sleep
+from obsdag.testing.simulation import Simulation, SimulationError, explore, simulate, sleep
 from obsdag.testing.telemetry import CollectedSpans, RecordedFacts, capture_logs, metric, metric_change
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SimulationError",
     "VirtualLoop",
     "capture_logs",
+    "explore",
     "metric",
     "metric_change",
     "run_virtual",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from obsdag.core.observer import Observer
     from obsdag.graph import DAG
 
-__all__ = ["Simulation", "SimulationError", "simulate", "sleep"]
+__all__ = ["Simulation", "SimulationError", "explore", "simulate", "sleep"]
 
 Chooser = Callable[[int], int]
 StandIns = Mapping[str, Callable[..., Any]]
@@ -52,7 +52,8 @@ class Simulation(Steps):
     """One simulated run. `step` does one thing of those that could happen next; `finish` goes on to the end.
 
     dag, inputs, observers and settings: as for an `Executor`. seed: of the schedule; or `choose(n)` gives the number
-    0..n-1 of what happens next. stand_ins: task id -> function to be called instead of the task's own. run: the core's
+    0..n-1 of what happens next. eager: workers never pause between two steps, so that only the order in which functions
+    go on is left to choose. stand_ins: task id -> function to be called instead of the task's own. run: the core's
     state; now: seconds of the virtual clock; schedule: what has happened, in words. `later(name, function)` has
     `function()` called at a moment that the schedule chooses (a freeze from outside, say); `stop` ends the run early.
     """
@@ -64,6 +65,7 @@ class Simulation(Steps):
         *,
         seed: int = 0,
         choose: Chooser | None = None,
+        eager: bool = False,
         stand_ins: StandIns | None = None,
         runtime: Runtime | None = None,
         observers: tuple[Observer, ...] = (),
@@ -77,6 +79,7 @@ class Simulation(Steps):
         random = Random(seed)
         self.random = Random(random.random())  # for retry jitter: apart from the schedule's
         self.choose: Chooser = choose or random.randrange
+        self.eager = eager
         self.run = run = RunState(self.plan, self.config, runtime or Runtime(), lambda: self.now)
         run.dispatch, run.caller, run.nudge = self._dispatch, lambda: self._calling, self._nudge
         run.emit = self._emit
@@ -123,7 +126,9 @@ class Simulation(Steps):
         number = len(self._options) + (due is not None)
         if not number:
             raise SimulationError(f"seed {self.seed}: nothing can happen any more: {self._story()}")
-        chosen = self.choose(number) if number > 1 else 0
+        chosen = self._at_once() if self.eager else -1
+        if chosen < 0:
+            chosen = self.choose(number) if number > 1 else 0
         if chosen < len(self._options):
             name, function, argument = self._options.pop(chosen)
             self.schedule.append(name)
@@ -132,6 +137,11 @@ class Simulation(Steps):
             assert due is not None
             self._time_comes(due)
         return True
+
+    def _at_once(self) -> int:
+        """The first thing that a worker does without waiting for anything; -1 if there is none."""
+        eager = (self._work, self._begin, self._cancel, self._nudge_comes)
+        return next((index for index, option in enumerate(self._options) if option[1] in eager), -1)
 
     def later(self, name: str, function: Callable[[], None]) -> None:
         """Has `function()` called at a moment that the schedule chooses."""
@@ -196,6 +206,45 @@ class Simulation(Steps):
             f"{run.busy_workers} busy workers, idle {[each for each in run.contexts if each._place == IDLE][:5]}; "
             f"the last steps were {self.schedule[-10:]}"
         )
+
+
+class _Path:
+    """The choices of one run: those given, then the first of each; `go_on` turns to the next path, if there is one."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.numbers: list[int] = []
+        self.position = 0
+
+    def choose(self, number: int) -> int:
+        if self.position == len(self.taken):
+            self.taken.append(0)
+            self.numbers.append(number)
+        self.position += 1
+        return self.taken[self.position - 1]
+
+    def go_on(self) -> bool:
+        self.position = 0
+        while self.taken and self.taken[-1] + 1 == self.numbers[-1]:
+            self.taken.pop()
+            self.numbers.pop()
+        if self.taken:
+            self.taken[-1] += 1
+        return bool(self.taken)
+
+
+def explore(make: Callable[[Chooser], Simulation], limit: int = 100_000) -> Iterator[RunResult]:
+    """The results under every schedule there is, one after the other, each of a new `make(choose)`.
+
+    For small cases, and with `eager=True`: the number of schedules grows like the factorial of what runs at once.
+    Raises SimulationError after `limit` schedules.
+    """
+    path = _Path()
+    for _ in range(limit):
+        yield make(path.choose).finish()
+        if not path.go_on():
+            return
+    raise SimulationError(f"there are more than {limit} schedules: make the case smaller, or the limit larger")
 
 
 def simulate(dag: DAG, inputs: Inputs = None, *, seed: int = 0, **keywords: Any) -> RunResult:

@@ -59,6 +59,7 @@ class Steps:
     now: float
     random: Random
     choose: Chooser
+    eager: bool
     inputs: Iterator[Any] | None
     over: bool
     stopped: str
@@ -272,7 +273,7 @@ class Steps:
         execution, visit = runner.execution, runner.visit
         task, index = execution.task, execution.index
         plain = task.kind == "async" and task.config.timeout is None and visit is not None
-        if not plain or result is not execution.context or execution.cancelling or self.choose(2):
+        if not plain or result is not execution.context or execution.cancelling or self._the_long_way():
             return False
         assert visit is not None
         following = self.run.finish_and_begin(execution, self.now)  # which may be the same object again
@@ -284,6 +285,9 @@ class Steps:
         else:
             self._began(visit, following)
         return True
+
+    def _the_long_way(self) -> bool:
+        return not self.eager and bool(self.choose(2))
 
     def _raised(self, runner: Runner, error: BaseException) -> None:
         execution = runner.execution

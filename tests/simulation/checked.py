@@ -18,7 +18,7 @@ class Checked(Simulation):
     """After each transition: the core's own check (C9), and every context as the model says."""
 
     def __init__(self, graph: Graph, *arguments: Any, **keywords: Any) -> None:
-        self.model: Model | None = None
+        self.model: Model | None = None  # until the run has begun
         self.graph = graph
         self.transitions = 0
         self.quiet_since = 0.0

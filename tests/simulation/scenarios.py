@@ -30,7 +30,7 @@ from obsdag.testing.bodies import HANDED
 from tests.simulation.checked import Checked
 from tests.simulation.model import Graph, Model, ModelError
 
-__all__ = ["FEATURES", "Scenario", "make_scenario", "run_scenario"]
+__all__ = ["FEATURES", "Scenario", "graph_of", "make_scenario", "run_scenario"]
 
 FEATURES = (
     "drop", "fail", "retry", "router", "children", "handback", "map", "join", "roots", "output", "ratelimit", "limits",
@@ -104,7 +104,7 @@ def make_scenario(seed: int, allowed: frozenset[str] = frozenset(FEATURES)) -> S
         "max_live_contexts": random.choice((1, 2, 3, 5)) if "rooms" in features else 10_000,
     }
     inputs = random.choice((1, 1, 2, 3, 4))
-    return Scenario(seed, features, specs, inputs, settings, dag, _graph(dag, specs))
+    return Scenario(seed, features, specs, inputs, settings, dag, graph_of(dag))
 
 
 # Known and not fixed: two joins side by side below one map. A child is ready at both; at which one it arrives depends
@@ -202,23 +202,21 @@ def _dag(specs: list[Spec]) -> DAG:
     return dag
 
 
-def _graph(dag: DAG, specs: list[Spec]) -> Graph:
+def graph_of(dag: DAG) -> Graph:
+    """The DAG as sets, for the model."""
     plan = dag.plan
     assert plan is not None
-    ups: list[set[int]] = [set()]
-    for number, spec in enumerate(specs, 1):
-        assert plan.index[spec.name] == number
-        ups.append(set(spec.ups) or {0})
-    below = {up for each in ups for up in each}
-    ups.append({n for n in range(1, len(ups)) if n not in below})
-    assert [set(each) for each in plan.up_list] == ups, (plan.up_list, ups)
+    ups: list[set[int]] = [set() for _ in plan.tasks]
+    for above, below in dag.edges(internal=True):
+        ups[plan.index[below]].add(plan.index[above])
+    tasks = plan.tasks
     return Graph(
         ups,
-        [task.shape for task in plan.tasks],
-        [task.config.priority for task in plan.tasks],
-        [list(limits) for limits in [()] * len(plan.tasks)],
-        {n for n, task in enumerate(plan.tasks) if getattr(task, "on_child_failure", "") == "skip"},
-        {n for n, task in enumerate(plan.tasks) if task.config.pass_through},
+        [task.shape for task in tasks],
+        [task.config.priority for task in tasks],
+        [list(task.config.limits) for task in tasks],
+        {n for n, task in enumerate(tasks) if getattr(task, "on_child_failure", "") == "skip"},
+        {n for n, task in enumerate(tasks) if task.config.pass_through},
     )
 
 
@@ -270,6 +268,11 @@ class Player(Checked):
         for index, limits in enumerate(self.run.limits):
             scenario.graph.limits[index] = list(limits)
         self.model.__init__(scenario.graph, self.model.gc, self.model.bypass)  # type: ignore[misc] # the run's own limits are known now
+        for index, limits in enumerate(self.run.limits):  # those that the run makes have what the task's config says
+            task = self.plan.tasks[index]
+            parallel = 1 if task.shape == "stream" else task.config.parallel_num
+            if parallel:
+                self.model.capacity[limits[-1]] = parallel
         self._bodies.of = self.body  # type: ignore[method-assign]
 
     def _told_close(self, model: Model) -> None:
