@@ -35,10 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         warn("--plot needs matplotlib: pip install -r tests/benchmarks/requirements/plot.txt")
         return 2
-    results = _measure(options)
+    results = _measure(options) if options.known is None else json.loads(options.known.read_text(encoding="utf-8"))
     print(report.text(results))
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.readme:
         report.write_readme(ROOT / "README.md", results)
     if options.plot is not None:
@@ -61,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="of obsdag and the loop")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, run beside this one")
     parser.add_argument("--quick", action="store_true", help="little work, to see that the program runs")
+    parser.add_argument(
+        "--from", dest="known", type=Path, metavar="FILE", help="figures of an earlier --json, not new ones"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as SVG or PNG")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
@@ -90,9 +91,17 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         against=options.against,
         say=warn,
     )
-    cases = {name: _case(name, max(1, repeats // 3), options.quick) for name in options.cases}
-    environment = report.environment(options.peers, options.loop, repeats)
-    return {"environment": environment, "contenders": rows, "cases": cases}
+    results = {"environment": report.environment(options.peers, options.loop, repeats), "contenders": rows, "cases": {}}
+    _write(options.json, results)
+    for name in options.cases:
+        results["cases"][name] = _case(name, max(1, repeats // 3), options.quick)
+        _write(options.json, results)  # what was measured is kept, whatever becomes of the rest
+    return results
+
+
+def _write(target: Path | None, results: dict[str, Any]) -> None:
+    if target is not None:
+        target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _case(name: str, repeats: int, quick: bool) -> dict[str, float]:
