@@ -1,7 +1,7 @@
 """What obsdag costs, beside what else one would use, in one run:
 
     python -m tests.benchmarks --install DIR     environments for what it is compared with (once)
-    python -m tests.benchmarks --peers DIR --readme --plot benchmark.svg --json benchmark.json
+    python -m tests.benchmarks --peers DIR --readme --plot tests/benchmarks/benchmark.svg --json benchmark.json
 
 Every contender is a process of its own; each round asks all of them in turn, so that a machine whose speed drifts
 treats them alike, and the ratio to the hand-written loop of the same round is what counts. Without `--peers` only what

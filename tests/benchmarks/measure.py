@@ -97,6 +97,10 @@ def medians(taken: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float
         if taken.get(BASE):
             bases = [answer["seconds"] * answer["per"] for answer in taken[BASE]]
             figures["ratio"] = statistics.median(one / base for one, base in zip(us, bases, strict=True))
+            pairs = zip(answers, taken[BASE], strict=True)
+            figures["cpu_ratio"] = statistics.median(
+                one["cpu_seconds"] * one["per"] / (base["cpu_seconds"] * base["per"]) for one, base in pairs
+            )
         found[name] = figures
     return found
 

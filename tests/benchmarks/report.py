@@ -73,16 +73,16 @@ def _target(name: str) -> str:
 
 
 def _wide_table(rows: dict[str, Any]) -> Iterator[str]:
-    yield f"{'':32} {'':4} {'us':>9} {'least':>9} {'CPU us':>9} {'per second':>11} {'ratio':>7} {'bytes/context':>14}"
+    heads = ("us", "least", "CPU us", "per second", "ratio", "of CPU", "bytes/context")
+    yield f"{'':37} {' '.join(f'{head:>13}' for head in heads)}"
     for workload in WORKLOADS:
         for name, row in rows.items():
             if workload in row:
                 found = row[workload]
-                memory = f"{found['bytes_per_context']:14,.0f}" if "bytes_per_context" in found else ""
-                yield (
-                    f"{title(name):32} {workload:4} {found['us']:9.2f} {found['us_least']:9.2f} {found['cpu_us']:9.2f} "
-                    f"{found['per_second']:11,.0f} {found.get('ratio', 0.0):7.2f} {memory}"
-                )
+                figures = [found[key] for key in ("us", "us_least", "cpu_us")]
+                figures += [found["per_second"], found.get("ratio", 0.0), found.get("cpu_ratio", 0.0)]
+                figures += [found["bytes_per_context"]] if "bytes_per_context" in found else []
+                yield f"{title(name):32} {workload:4} {' '.join(f'{figure:13,.2f}' for figure in figures)}"
 
 
 def verdicts(results: Results) -> Iterator[tuple[str, bool]]:
@@ -121,7 +121,7 @@ def _faster(rows: dict[str, Any], workload: str) -> Iterator[tuple[str, bool]]:
 
 def _markdown(results: Results) -> Iterator[str]:
     workloads = [name for name in WORKLOADS if any(name in row for row in results["contenders"].values())]
-    yield f"| µs per execution (times the loop) | {' | '.join(workloads)} | bytes per context |"
+    yield f"| CPU µs per execution, all threads (times the loop) | {' | '.join(workloads)} | bytes per context |"
     yield f"|---|{'---:|' * (len(workloads) + 1)}"
     for name, row in results["contenders"].items():
         cells = [_cell(row.get(workload)) for workload in workloads]
@@ -140,9 +140,9 @@ def _markdown(results: Results) -> Iterator[str]:
 def _cell(found: dict[str, float] | None) -> str:
     if found is None:
         return ""
-    digits = 2 if found["us"] < 10 else 0
-    ratio = f" ({found['ratio']:.1f})" if "ratio" in found else ""
-    return f"{found['us']:.{digits}f}{ratio}"
+    digits = 2 if found["cpu_us"] < 10 else 0
+    ratio = f" ({found['cpu_ratio']:.1f})" if "cpu_ratio" in found else ""
+    return f"{found['cpu_us']:.{digits}f}{ratio}"
 
 
 def write_readme(readme: Path, results: Results) -> None:

@@ -72,7 +72,7 @@ def test_medians_are_of_the_ratios_of_one_round() -> None:
 
 def _results(on_us: float) -> dict[str, Any]:
     def row(us: float) -> dict[str, Any]:
-        return {"W1": {"us": us, "us_least": us, "cpu_us": us, "per_second": 1e6 / us, "ratio": us}}
+        return {"W1": {"us": us, "us_least": us, "cpu_us": us, "per_second": 1e6 / us, "ratio": us, "cpu_ratio": us}}
 
     return {
         "environment": {"python": "3.11", "machine": "2 cores", "event_loop": "asyncio", "rounds": 1, "versions": {}},
@@ -94,7 +94,7 @@ def test_the_table_replaces_the_one_before(tmp_path: Path) -> None:
     write_readme(readme, _results(3.5))
 
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{BEGIN}\n| µs per execution")
+    assert text.startswith(f"before\n{BEGIN}\n| CPU µs per execution")
     assert text.endswith(f"{END}\nafter\n")
     assert "| obsdag, everything on | 3.50 (3.5) |" in text
     assert "old" not in text
