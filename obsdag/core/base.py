@@ -202,7 +202,7 @@ class RunBase:
             if context._waits is None:
                 context._waits = [0.0] * len(STATES)
             context._waits[old] += stayed
-        if self.facts.state_left is not None:
+        if self.facts.state_left is not None and stayed >= self.facts.min_stay_s:
             self.facts.state_left(context, old, stayed, now)
 
     def _restate(self, context: Context, now: float) -> None:

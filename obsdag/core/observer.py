@@ -34,10 +34,13 @@ class Observer:
 
     needs_records: each execution is to know which one released it, and how long it waited (for critical paths).
     needs_slack: all executions of a root are to be kept until it ends, for the slack of those off the critical path.
+    min_stay_s: `state_left` need not be told of shorter stays; they are most of all, and a call each (it is told of
+    all if any observer wants all).
     """
 
     needs_records: bool = False
     needs_slack: bool = False
+    min_stay_s: float = 0.0
 
     # --- runs
     def run_started(self, run: RunState, now: float) -> None:
@@ -177,13 +180,15 @@ class Facts:
     `None` costs the teller one test. `failures` counts detached listeners, for the telemetry's own telemetry.
     """
 
-    __slots__ = (*FACTS, "_observers", "failures", "needs_records", "needs_slack")
+    __slots__ = (*FACTS, "_observers", "failures", "min_stay_s", "needs_records", "needs_slack")
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
         self.failures = 0
         self.needs_records = any(getattr(observer, "needs_records", False) for observer in self._observers)
         self.needs_slack = any(getattr(observer, "needs_slack", False) for observer in self._observers)
+        stays = [getattr(each, "min_stay_s", 0.0) for each in self._observers if _overrides(each, "state_left")]
+        self.min_stay_s = min(stays, default=0.0)
         for fact in FACTS:
             listeners = [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
             setattr(self, fact, self._compile(fact, listeners))

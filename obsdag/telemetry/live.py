@@ -71,6 +71,7 @@ class LiveTracer(Observer):
     """Traces one run by ordinary spans. `provider`: None takes the host's."""
 
     needs_records = True
+    min_stay_s = WAIT_SPAN_S
 
     def __init__(
         self,
