@@ -71,11 +71,16 @@ def bare(folder: Path) -> float:
     return rate
 
 
-async def run(folder: Path, length: int, suspends: bool, journal: bool = True) -> float:
-    """Durable executions per second."""
-    path = folder / "run.db"
+def fresh(path: Path) -> Path:
+    """`path`, with no journal there."""
     for suffix in ("", "-wal"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
+    return path
+
+
+async def run(folder: Path, length: int, suspends: bool, journal: bool = True) -> float:
+    """Durable executions per second."""
+    path = fresh(folder / "run.db")
     given = SQLiteJournal(path) if journal else None
     executor = Executor(dag_of(length, suspends), config=ExecutorConfig(context_worker_num=16, journal=given))
     began = perf_counter()
@@ -91,9 +96,7 @@ async def run(folder: Path, length: int, suspends: bool, journal: bool = True) -
 
 async def submits(folder: Path, rate: float) -> tuple[float, float]:
     """p50 and p99, in ms, of submits that come at `rate` per second whatever becomes of those before."""
-    path = folder / "submit.db"
-    for suffix in ("", "-wal"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    path = fresh(folder / "submit.db")
     waits: list[float] = []
     config = ExecutorConfig(context_worker_num=16, journal=SQLiteJournal(path))
     async with ServeExecutor(dag_of(1, False), config=config) as executor:
