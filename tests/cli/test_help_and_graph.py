@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from obsdag import __version__
 from obsdag.cli.demo import DEFAULTS
 from obsdag.cli.settings import OPTIONS
 from obsdag.config import ExecutorConfig
-from tests.cli.command import command
+from tests.cli.command import command, environ
 
 
 def test_the_version_is_told(folder: Path) -> None:
@@ -83,3 +85,22 @@ def test_graph_shows_source_and_sink_when_asked_to(folder: Path) -> None:
     data = command("graph", "orders:dag", "--format", "json", "--internal", folder=folder)
 
     assert [each["id"] for each in json.loads(data.stdout)["nodes"]] == ["source", "look", "store", "sink"]
+
+
+INTERRUPTED_WHILE_LOADING = """
+import sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "obsdag.cli.jsonl":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+from obsdag.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_the_command_loads_is_an_interruption_like_any_other(folder: Path) -> None:
+    words = [sys.executable, "-c", INTERRUPTED_WHILE_LOADING, "demo"]
+    done = subprocess.run(words, cwd=folder, env=environ(), capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -482,6 +482,28 @@ async def test_E16_contexts_that_wait_at_a_join_take_no_room(workers: int) -> No
     assert [output["n"] for output in result] == [100, 100]
 
 
+@virtual
+async def test_E16_those_that_wait_at_a_join_do_not_slow_down_their_siblings() -> None:
+    dag = DAG()
+
+    @dag.map
+    async def parts(ctx: Context) -> AsyncIterator[dict[str, Any]]:
+        for n in range(99):
+            yield {"n": n}
+
+    @dag.task(after=parts)
+    async def work(ctx: Context) -> Context:
+        await asyncio.sleep(1)
+        return ctx
+
+    @dag.join(after=work)
+    async def together(parent: Context, children: list[Context]) -> Context:
+        return parent
+
+    assert_counts(await execute(dag, None, 8, max_live_contexts=4), output=1, merged=99)
+    assert now() == 33  # the parent and three children at a time, to the end
+
+
 @every_number
 @virtual
 async def test_E16_the_deepest_waiting_map_gets_a_place_when_nothing_else_can_go_on(workers: int) -> None:
