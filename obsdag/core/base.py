@@ -10,19 +10,20 @@ import itertools
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from obsdag.core.observer import Facts
 from obsdag.core.queue import IDLE, QUEUED, VISITED, ContextQueue, TimerHeap
-from obsdag.core.records import More
-from obsdag.core.states import ENTRY_KINDS, OUTCOMES, STATES, State
+from obsdag.core.records import Execution, More
+from obsdag.core.states import ENTRY_KINDS, LANES, OUTCOMES, STATES, State
 from obsdag.errors import InternalError
 from obsdag.limits import ConcurrencyLimit, Limit
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
     from obsdag.context import Context, LoopContext, OutputContext
-    from obsdag.core.records import Execution, Failure, Lend, Scope, Stall
+    from obsdag.core.records import Failure, Lend, Scope, Stall
     from obsdag.limits import LimitRequest
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
@@ -83,6 +84,7 @@ class RunBase:
         self.facts = Facts()
         self.recording = self.keeping = False
         self.unseen = True
+        self.execution_class: type[Execution] = Execution
         self.queue = ContextQueue()
         self.timers = TimerHeap()
         self.rooms: list[LoopContext] = []  # pulls that wait for room, in order (E16)
@@ -100,10 +102,19 @@ class RunBase:
         self.executions_total = 0
         self.retries_total = 0
         self.task_started = [0] * len(plan.tasks)
-        self.task_executions = [0] * len(plan.tasks)
-        self.task_seconds = [0.0] * len(plan.tasks)
+        # Those that nobody was told of (`Observer.quick_s`) apart from the others: see `task_executions`.
+        self.told_executions = [0] * len(plan.tasks)
+        self.told_seconds = [0.0] * len(plan.tasks)
+        self.quick_executions = [0] * len(plan.tasks)
+        self.quick_seconds = [0.0] * len(plan.tasks)
         self.joins_pending = [0] * len(plan.tasks)
         self.busy_workers = 0
+        # Visits: by lane, those that nobody was told of, and what they had waited; by worker (the last: users' own),
+        # the start of the one that goes on, else -1, and the time that those before took.
+        self.quick_visits = [0] * len(LANES)
+        self.quick_waits_s = [0.0] * len(LANES)
+        self.visit_since = [-1.0] * (config.context_worker_num + 1)
+        self.busy_s = [0.0] * (config.context_worker_num + 1)
         # What the shell has to do next; `dirty` says that there is something, or that `next_wake` has changed.
         self.cancels: list[Execution] = []
         self.closed_pulls: list[Any] = []
@@ -152,6 +163,7 @@ class RunBase:
         # Nobody looks at single executions, so one object may serve for one after the other.
         told = facts.execution_started or facts.execution_finished
         self.unseen = told is None and not self.recording
+        self.execution_class = facts.execution_class
 
     def _step(self, index: int) -> Step | None:
         """What `finish_and_begin` needs to know of a task; None where it must not take the short way."""
@@ -180,6 +192,22 @@ class RunBase:
             for limit in limits:
                 names.setdefault(limit, limit.name or task.id)
         return names
+
+    # --- visits
+
+    def _begin_visit(self, context: Context, worker: int, lane: int, waited_s: float, now: float) -> None:
+        self.visit_since[worker] = now
+        if waited_s < self.facts.quick_wait_s:
+            self.quick_visits[lane] += 1
+            self.quick_waits_s[lane] += waited_s
+        elif self.facts.visit_started is not None:
+            self.facts.visit_started(context, worker, lane, waited_s, now)
+
+    def _end_visit(self, context: Context, worker: int, busy_s: float, now: float) -> None:
+        self.visit_since[worker] = -1.0
+        self.busy_s[worker] += busy_s
+        if self.facts.visit_finished is not None:
+            self.facts.visit_finished(context, worker, busy_s, now)
 
     # --- states and the ledger
 
@@ -255,6 +283,16 @@ class RunBase:
         """Entries of the three lanes."""
         continuing, new, loop = self.queue.lengths()
         return continuing, new, loop + len(self.rooms)
+
+    @property
+    def task_executions(self) -> list[int]:
+        """Executions that have ended, by task index."""
+        return list(map(add, self.told_executions, self.quick_executions))
+
+    @property
+    def task_seconds(self) -> list[float]:
+        """Seconds that they took, by task index."""
+        return list(map(add, self.told_seconds, self.quick_seconds))
 
     @property
     def task_running(self) -> list[int]:

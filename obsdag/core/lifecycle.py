@@ -51,8 +51,7 @@ class Lifecycle(RunBase):
         self._enter(context, "input", self.entry_done, self.entry_ready, now)
         if context._place != VISITED:
             return False
-        if self.facts.visit_started is not None:
-            self.facts.visit_started(context, worker, NEW, 0.0, now)
+        self._begin_visit(context, worker, NEW, 0.0, now)
         return True
 
     def _check_new(self, context: Context) -> None:

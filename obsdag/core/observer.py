@@ -3,30 +3,36 @@
 The contract:
 
 - A fact is told after its transition, never in the middle of one; synchronously, on the run's thread, and where it
-concerns an
-  execution in the frame and contextvars in which the task's function runs, so that tracing can make its span current.
-- Every `execution_started` gets exactly one `execution_finished`, on every way out. - Times are handed over: `now` is
-on the run's clock (seconds; `run.epoch` added gives Unix time), durations are seconds. - An observer that raises is
-detached, logged and counted, and that is itself a fact (`observer_failed`); it never changes an outcome. - Observers
-keep no clocks, must not block, and must not change what they are told of.
+  concerns an execution in the frame and contextvars in which the task's function runs, so that tracing can make its
+  span current.
+- Every `execution_started` gets exactly one `execution_finished`, on every way out; an observer may do without those
+  of quick successes (`quick_s`).
+- Times are handed over: `now` is on the run's clock (seconds; `run.epoch` added gives Unix time), durations are
+  seconds.
+- An observer that raises is detached, logged and counted, and that is itself a fact (`observer_failed`); it never
+  changes an outcome.
+- Observers keep no clocks, must not block, and must not change what they are told of.
 
 Write an observer by subclassing `Observer` and overriding the facts you want: only those are called.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from obsdag.core.records import Execution
+
 if TYPE_CHECKING:
     from obsdag.context import Context
-    from obsdag.core.records import Execution, Failure, Stall
+    from obsdag.core.records import Failure, Stall
     from obsdag.core.state import RunState
     from obsdag.tasks.base import Task
 
-__all__ = ["FACTS", "Facts", "Observer", "without"]
+__all__ = ["FACTS", "Facts", "Observer"]
 
 
 class Observer:
@@ -34,13 +40,18 @@ class Observer:
 
     needs_records: each execution is to know which one released it, and how long it waited (for critical paths).
     needs_slack: all executions of a root are to be kept until it ends, for the slack of those off the critical path.
-    min_stay_s: `state_left` need not be told of shorter stays; they are most of all, and a call each (it is told of
-    all if any observer wants all).
+    min_stay_s: `state_left` need not be told of shorter stays. quick_s: `execution_finished` need not be told of
+    shorter successes, which stand in `run.quick_executions` and `run.quick_seconds`, unless one set
+    `execution.watched`, nor `visit_started` of shorter waits (`run.quick_visits`, `run.quick_waits_s`). These are
+    most of all, and a call each; all are told if any observer wants all.
+    execution_class: what the run makes executions of, where an observer needs room for something of its own.
     """
 
     needs_records: bool = False
     needs_slack: bool = False
     min_stay_s: float = 0.0
+    quick_s: float = 0.0
+    execution_class: type[Execution] | None = None
 
     # --- runs
     def run_started(self, run: RunState, now: float) -> None:
@@ -167,11 +178,7 @@ class Observer:
         """An observer raised and is detached from that fact."""
 
 
-FACTS = tuple(
-    name
-    for name, value in vars(Observer).items()
-    if callable(value) and not name.startswith("_") and not name.startswith("needs_")
-)
+FACTS = tuple(name for name, value in vars(Observer).items() if callable(value) and not name.startswith("_"))
 
 
 class Facts:
@@ -180,18 +187,36 @@ class Facts:
     `None` costs the teller one test. `failures` counts detached listeners, for the telemetry's own telemetry.
     """
 
-    __slots__ = (*FACTS, "_observers", "failures", "min_stay_s", "needs_records", "needs_slack")
+    __slots__ = (
+        *FACTS,
+        "_observers",
+        "execution_class",
+        "failures",
+        "min_stay_s",
+        "needs_records",
+        "needs_slack",
+        "quick_s",
+        "quick_wait_s",
+    )
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
         self.failures = 0
         self.needs_records = any(getattr(observer, "needs_records", False) for observer in self._observers)
         self.needs_slack = any(getattr(observer, "needs_slack", False) for observer in self._observers)
-        stays = [getattr(each, "min_stay_s", 0.0) for each in self._observers if _overrides(each, "state_left")]
-        self.min_stay_s = min(stays, default=0.0)
+        self.min_stay_s = self._least("min_stay_s", "state_left")
+        self.quick_s = self._least("quick_s", "execution_finished")
+        self.quick_wait_s = self._least("quick_s", "visit_started")
+        own = [kind for each in self._observers if (kind := getattr(each, "execution_class", None)) is not None]
+        self.execution_class: type[Execution] = own[0] if own else Execution
         for fact in FACTS:
             listeners = [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
             setattr(self, fact, self._compile(fact, listeners))
+
+    def _least(self, limit: str, fact: str) -> float:
+        """The least of those that the fact's listeners set, infinite if nobody listens."""
+        found = [getattr(each, limit, 0.0) for each in self._observers if _overrides(each, fact)]
+        return min(found, default=math.inf)
 
     def _compile(self, fact: str, listeners: list[Callable[..., None]]) -> Callable[..., None] | None:
         """One function that calls all listeners, written for their number and the fact's parameters.
@@ -229,26 +254,6 @@ class Facts:
 
 def _overrides(observer: Observer, fact: str) -> bool:
     return getattr(type(observer), fact, None) not in (None, getattr(Observer, fact))
-
-
-def without(observer: Observer, *facts: str) -> Observer:
-    """An observer that is told what `observer` would be told, but for `facts`, which somebody else tells it of."""
-    kind: Any = type(observer)
-    view: Observer = _view_class(kind, facts)()
-    for fact in FACTS:
-        if _overrides(view, fact):
-            setattr(view, fact, getattr(observer, fact))
-    return view
-
-
-@cache
-def _view_class(kind: Any, left_out: tuple[str, ...]) -> Any:
-    def stand_in(self: Observer, *arguments: Any) -> None:
-        raise NotImplementedError  # each view has the observer's own method instead
-
-    told = [fact for fact in FACTS if fact not in left_out and getattr(kind, fact) is not getattr(Observer, fact)]
-    needs = {"needs_records": kind.needs_records, "needs_slack": kind.needs_slack}
-    return type(f"{kind.__name__}View", (Observer,), {**dict.fromkeys(told, stand_in), **needs})
 
 
 @cache

@@ -52,8 +52,6 @@ class Progress(Waits):
         if executions is not None:
             executions.remove(execution)
         self.active -= 1
-        self.task_executions[index] += 1
-        self.task_seconds[index] += now - execution.started
         more = context._more
         if more is not None and (more.pool | more.service):
             more.pool &= ~self.plan.bit[index]
@@ -62,10 +60,21 @@ class Progress(Waits):
             self._release_grant(execution, now)
         if self.keeping:
             self._keep_record(execution)
-        if self.facts.execution_finished is not None:
-            self.facts.execution_finished(execution, outcome, error, now)
+        self._count(execution, outcome, error, now)
         if not context._running and (context._outcome is not None or context._state == _DISCARDED):
             self._work.append(context)
+
+    def _count(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
+        """Counts an execution that has ended, and tells of it unless nobody wants to know (`Observer.quick_s`)."""
+        index, took_s = execution.index, now - execution.started
+        if took_s < self.facts.quick_s and outcome == "success" and not execution.watched:
+            self.quick_executions[index] += 1
+            self.quick_seconds[index] += took_s
+            return
+        self.told_executions[index] += 1
+        self.told_seconds[index] += took_s
+        if self.facts.execution_finished is not None:
+            self.facts.execution_finished(execution, outcome, error, now)
 
     def _keep_record(self, execution: Execution) -> None:
         root = execution.context

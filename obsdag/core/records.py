@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from obsdag.context import Context, OutputContext
@@ -40,7 +40,8 @@ class Execution:
     permits that it holds. outcome: None while it runs, then one of EXECUTION_OUTCOMES. cancelling: the engine has
     asked for its cancellation. exempt: it destroyed its own context, so its return value still counts (C8). handle:
     what the shell cancels it by. final: it is not tried again, whatever the policy says (T14). span: the tracing
-    observer's own slot. abandoned: its function has not really returned (T13); retry_at: when its retry is due then.
+    observer's own slot. watched: observers are told of its end however quick it is. abandoned: its function has not
+    really returned (T13); retry_at: when its retry is due then.
     """
 
     __slots__ = (
@@ -62,10 +63,36 @@ class Execution:
         "started",
         "task",
         "waits",
+        "watched",
         "worker",
     )
 
-    def __init__(self, context: Context, task: Task, index: int, attempt: int, started: float, worker: int) -> None:
+    # Made by `begun`, whose stores the hot path writes out: a call of an `__init__` takes as long as all of them.
+    abandoned: bool
+    attempt: int
+    cancelling: bool
+    context: Context
+    ended: float
+    exempt: bool
+    final: bool
+    grant: LimitRequest | None
+    handle: Any
+    index: int
+    lane: int
+    outcome: str | None
+    released_by: Execution | None
+    retry_at: float | None
+    span: Any
+    started: float
+    task: Task
+    waits: list[float] | None
+    watched: bool
+    worker: int
+
+    @classmethod
+    def begun(cls, context: Context, task: Task, index: int, attempt: int, started: float, worker: int) -> Self:
+        """One that begins now: `started`, seconds on the run's clock."""
+        self = cls()
         self.context = context
         self.task = task
         self.index = index
@@ -73,15 +100,10 @@ class Execution:
         self.started = started
         self.worker = worker
         self.lane = context._lane
-        self.outcome: str | None = None
-        self.cancelling = self.abandoned = self.exempt = self.final = False
-        self.grant: LimitRequest | None = None
         self.ended = 0.0
-        self.released_by: Execution | None = None
-        self.handle: Any = None
-        self.waits: list[float] | None = None
-        self.span: Any = None
-        self.retry_at: float | None = None
+        self.abandoned = self.cancelling = self.exempt = self.final = self.watched = False
+        self.grant = self.handle = self.outcome = self.released_by = self.retry_at = self.span = self.waits = None
+        return self
 
     def __repr__(self) -> str:
         state = self.outcome or "running"

@@ -136,14 +136,13 @@ class Sources(Joins):
         more = more_of(context)
         more.source &= ~self.plan.bit[index]
         self._recompute_parked(context)
-        execution = Execution(context, pull.task, index, 1, now, worker)
+        execution = self.execution_class.begun(context, pull.task, index, 1, now, worker)
         execution.lane = 2
         execution.released_by = pull.execution
         execution.grant, pull.grant = pull.grant, None
         self.reserved += 1
         self._note_started(execution, now)
-        if self.facts.visit_started is not None:
-            self.facts.visit_started(context, worker, LOOP, now - pull.queued_at, now)
+        self._begin_visit(context, worker, LOOP, now - pull.queued_at, now)
         return execution
 
     def pulled(self, execution: Execution, pull: Pull, items: Iterable[Context], now: float) -> None:
@@ -222,8 +221,7 @@ class Sources(Joins):
 
     def leave_pull(self, pull: Pull, worker: int, busy_s: float, now: float) -> None:
         """A worker is done with one item of a loop or map."""
-        if self.facts.visit_finished is not None:
-            self.facts.visit_finished(pull.context, worker, busy_s, now)
+        self._end_visit(pull.context, worker, busy_s, now)
 
     def _drop_pull(self, pull: Pull) -> None:
         more = more_of(pull.context)

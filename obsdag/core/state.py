@@ -45,8 +45,7 @@ class RunState(Sources):
             context._place = VISITED
             waited = now - context._since
             self._move(context, _RUNNING, now)
-            if self.facts.visit_started is not None:
-                self.facts.visit_started(context, worker, context._lane, waited, now)
+            self._begin_visit(context, worker, context._lane, waited, now)
             return context
         return self.next_pull(now) if self.queue.loop or self.rooms else None
 
@@ -70,7 +69,7 @@ class RunState(Sources):
             more = context._more
             if more is not None and more.attempts is not None:
                 attempt += more.attempts.get(index, 0)
-            execution = Execution(context, plan.tasks[index], index, attempt, now, worker)
+            execution = self.execution_class.begun(context, plan.tasks[index], index, attempt, now, worker)
             execution.grant = grant
             if self.recording:
                 execution.released_by = context._maker
@@ -91,8 +90,7 @@ class RunState(Sources):
     def leave(self, context: Context, worker: int, busy_s: float, now: float) -> None:
         """A worker is done with the context for now: it is queued again, waits for what holds it, or is settled."""
         context._place = IDLE
-        if self.facts.visit_finished is not None:
-            self.facts.visit_finished(context, worker, busy_s, now)
+        self._end_visit(context, worker, busy_s, now)
         if context._outcome is None and context._state != _DISCARDED:
             self._schedule(context, now)
         if self._work or self._touched:
@@ -129,14 +127,16 @@ class RunState(Sources):
             return None
         bit, follow, frees, rest = step
         running = context._running = context._running ^ bit
-        self.task_executions[index] += 1
-        self.task_seconds[index] += now - execution.started
         if not self.unseen:
             execution.ended, execution.outcome = now, "success"
             if self.keeping:
                 self._keep_record(execution)
-            if self.facts.execution_finished is not None:
-                self.facts.execution_finished(execution, "success", None, now)
+        took_s = now - execution.started
+        if took_s < self.facts.quick_s and not execution.watched:  # as in `_count`
+            self.quick_executions[index] += 1
+            self.quick_seconds[index] += took_s
+        else:
+            self._count(execution, "success", None, now)
         done = context._done = context._done | bit
         ready = context._ready
         if follow and not (ready or running or frees & done):  # a straight stretch: nothing to search for
@@ -167,7 +167,29 @@ class RunState(Sources):
         if self.unseen:
             execution.index, execution.task, execution.started = index, self.tasks[index], now
             return execution
-        return self._follow_up(execution, index, now)
+        following = self.execution_class()  # `Execution.begun` written out
+        following.context = context
+        following.task = self.tasks[index]
+        following.index = index
+        following.attempt = 1
+        following.started = now
+        following.worker = execution.worker
+        following.lane = context._lane
+        following.ended = 0.0
+        following.abandoned = following.cancelling = following.exempt = following.final = following.watched = False
+        following.grant = following.handle = following.outcome = following.retry_at = None
+        following.span = following.waits = following.released_by = None
+        if self.recording:
+            following.released_by = context._maker
+            if context._waits is not None or context._more is not None:
+                self._record(following)
+        executions: Any = context._executions
+        if len(executions) == 1:
+            executions[0] = following
+        else:
+            executions.remove(execution)
+            executions.append(following)
+        return following
 
     def _reach_sink(self, execution: Execution, context: Context, now: float) -> None:
         context._executions.remove(execution)  # type: ignore[union-attr]
@@ -188,25 +210,6 @@ class RunState(Sources):
             context._ready |= frees
         return context._ready
 
-    def _follow_up(self, execution: Execution, index: int, now: float) -> Execution:
-        """The execution that takes the place of one that has ended."""
-        context = execution.context
-        following = Execution(context, self.tasks[index], index, 1, now, execution.worker)
-        if self.recording:
-            if context._more is not None:
-                self._record(following)
-            else:
-                following.released_by = context._maker
-                if context._waits is not None:
-                    following.waits, context._waits = context._waits, None
-        executions: Any = context._executions
-        if len(executions) == 1:
-            executions[0] = following
-        else:
-            executions.remove(execution)
-            executions.append(following)
-        return following
-
     def _finish_own(self, execution: Execution, context: Context, now: float) -> None:
         """The common case written out, since it is most of what the engine does: `_end_execution`, `_complete`."""
         index = execution.index
@@ -216,12 +219,9 @@ class RunState(Sources):
         context._running ^= bit
         context._executions.remove(execution)  # type: ignore[union-attr]
         self.active -= 1
-        self.task_executions[index] += 1
-        self.task_seconds[index] += now - execution.started
         if self.keeping:
             self._keep_record(execution)
-        if self.facts.execution_finished is not None:
-            self.facts.execution_finished(execution, "success", None, now)
+        self._count(execution, "success", None, now)
         context._done |= bit
         self.cause = execution
         self._release_below(context, index, now)

@@ -151,8 +151,8 @@ class Reader:
         for shell in shells:
             started, ended, spent = (
                 shell.run.task_started.copy(),
-                shell.run.task_executions.copy(),
-                shell.run.task_seconds.copy(),
+                shell.run.task_executions,
+                shell.run.task_seconds,
             )
             for n, i in enumerate(inner):
                 executions[n] += ended[i]

@@ -138,13 +138,10 @@ class Telemetry:
         from obsdag.telemetry import current
 
         tracers = self.tracing.observers(run, engine=self.engine, stats=self.stats, redact=self._redact)
-        counting: Observer = self.metrics.observer(run)
-        counting_tracers = [tracer for tracer in tracers if hasattr(tracer, "count_into")]
-        for tracer in counting_tracers:
-            counting = tracer.count_into(counting)
-        # A deferred execution is its own current span, and known by that.
-        found: list[Observer] = [] if counting_tracers else current.observers()
-        found += [*tracers, counting]
+        # A deferred execution is known by its being current.
+        known = any(tracer.execution_class is not None for tracer in tracers)
+        found: list[Observer] = [] if known else current.observers()
+        found += [*tracers, self.metrics.observer(run)]
         if self._logs is not None:
             found.append(self._logs.observer(run))
         found += self._further

@@ -24,7 +24,7 @@ EXECUTION_KEY: Final = "obsdag-execution"
 
 
 class OwnContext(OtelContext):
-    """A span that is its own OpenTelemetry context: one object per execution instead of two, which saves 0.2 us.
+    """A span that is its own OpenTelemetry context, for executions in which more is current than the span (baggage).
 
     To every reader the span looks like an entry of the dict, whose real ones (baggage) are those of its base.
     """

@@ -186,7 +186,7 @@ class Book:
 
     def _add_open_visits(self, totals: Totals, runs: list[tuple[MetricsObserver, RunState]]) -> None:
         busy = totals.numbers["obsdag_worker_busy_seconds_total"]
-        busy[()] += sum(tally.open_visits_s(run.clock()) for tally, run in runs)
+        busy[()] += sum(tally.open_visits_s(run) for tally, run in runs)
         # A visit that ended between the two readings is in neither: what was shown stands until the sum has caught up.
         self._busy_shown_s = busy[()] = max(self._busy_shown_s, busy[()])
 

@@ -30,7 +30,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from obsdag.errors import ConfigError
 from obsdag.telemetry.attach import SPAN_KEY
-from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, ExecutionSpan, new_span_id
+from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, new_span_id, span_of
 
 if TYPE_CHECKING:
     from obsdag.core.records import Execution
@@ -105,8 +105,8 @@ def inject(execution: Execution | None) -> dict[str, str]:
     """
     carrier: dict[str, str] = {}
     context = get_current()
-    span = execution.span if execution is not None else None
-    if type(span) is ExecutionSpan:
+    span = span_of(execution)
+    if span is not None:
         own = span.get_span_context()
         dispatched = SpanContext(own.trace_id, new_span_id(), False, SAMPLED, own.trace_state)
         span.detail().dispatch = (dispatched.span_id, span.trace.root.tracer.now())
@@ -187,13 +187,13 @@ def returning() -> list[bytes]:
 
 def absorb(execution: Execution, extras: Iterable[bytes]) -> None:
     """Takes back what the far side noted, onto the `execute` span of a running execution; others' extras are passed."""
-    span = execution.span
-    if span is None:
+    own = span_of(execution)
+    if own is None and execution.span is None:
         return
     for extra in extras:
         if extra.startswith(_START):
             attributes, events = json.loads(extra)[_MARK]
-            target = span if type(span) is ExecutionSpan else span.span
+            target = own if own is not None else execution.span.span
             target.set_attributes(attributes)
             for name, given, at in events:
                 target.add_event(name, given, at)

@@ -10,6 +10,7 @@ that the trace of an endless input does not grow for ever. What is made after it
 from __future__ import annotations
 
 import contextvars
+import math
 from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.context import get_current
 from opentelemetry.trace import INVALID_SPAN, get_current_span, set_span_in_context
 
-from obsdag.core.observer import Observer, without
 from obsdag.core.states import LANES, State
 from obsdag.telemetry.attach import current, make_current
 from obsdag.telemetry.carrier import Caller, without_span
@@ -28,18 +28,20 @@ from obsdag.telemetry.records import (
     ExecutionSpan,
     Part,
     RootTrace,
+    TracedExecution,
     new_span_id,
     new_trace_id,
     record_of,
     span_in,
+    span_of,
 )
+from obsdag.telemetry.specs import error_type_of
 
 if TYPE_CHECKING:
     from obsdag.context import Context
     from obsdag.core.records import Execution, Failure, Stall
     from obsdag.core.state import RunState
     from obsdag.tasks.base import Task
-    from obsdag.telemetry.tally import MetricsObserver
 
 __all__ = ["DeferredTracer"]
 
@@ -47,15 +49,15 @@ WAIT_SPAN_S: Final = 0.1
 """A stay in a waiting state becomes a span from this length on."""
 _RUNNING: Final = State.RUNNING.value
 _LOOP_LANE: Final = LANES.index("loop")
+_OWN: Final = (TracedExecution, ExecutionSpan)
 
 
 class DeferredTracer(Keeper):
     """Traces one run; see the module. Made by `Tracing.observers`."""
 
-    needs_records = True
-    _tally: MetricsObserver
-    _rows: list[list[float]]
-    _first_s: float
+    execution_class = TracedExecution
+    quick_s = math.inf
+    min_stay_s = WAIT_SPAN_S
     _timed = 0
 
     # --- runs
@@ -71,7 +73,7 @@ class DeferredTracer(Keeper):
             self.run_trace_id = caller.trace_id
         self._started = now
         self._odd = bool(self._base or self.plan.loops or self.plan.joins)
-        self._flagged = self._odd or self._hot
+        self._dropped = self.stats.count_dropped(dag=self.dag)
         self._pipeline.opened(self)
 
     def run_finished(self, run: RunState, outcome: str, duration_s: float, now: float) -> None:
@@ -83,7 +85,8 @@ class DeferredTracer(Keeper):
             span = build_run_span(self, outcome, self._started, now)
             if not self._pipeline.submit(lambda: self._pipeline.emit(span)):
                 self.stats.drop("traces", "buffer_cap", dag=self.dag)
-        self._tell_dropped()
+        self.stats.counted_dropped(self._dropped, dag=self.dag)
+        self._dropped = [0]
         self._time_executions()
         room, self.room = self.room, 0
         self._pipeline.give_places(room)
@@ -95,9 +98,17 @@ class DeferredTracer(Keeper):
     def context_entered(self, context: Context, kind: str, maker: Execution | None, now: float) -> None:
         """A root gets a trace, a child belongs to its root's, an item of a loop to its pull's."""
         if maker is None and context._parent is None and context._trace is None:  # the common case written out
-            context._trace = root = RootTrace(self, context._id, now, self._most)
-            if self._flagged:
-                root.hot, root.odd = self._hot, self._odd
+            context._trace = root = RootTrace()  # `RootTrace.begun` written out
+            root.tracer = self
+            root.raw_id = context._id
+            root.entered = now
+            root.left = self._most
+            root.trace_id = new_trace_id()
+            root.records = []
+            root.open = 1
+            root.hot, root.odd = self._hot, self._odd
+            root.decision = root.more = root.last = None
+            root._span_id = 0
             self.room -= 1
             if self.room < 0:
                 self._refill()
@@ -105,7 +116,7 @@ class DeferredTracer(Keeper):
             self._enter(context, maker, now)
 
     def _enter(self, context: Context, maker: Execution | None, now: float) -> None:
-        made_by = maker.span if maker is not None else None
+        made_by = span_of(maker)
         if made_by is not None and self._pulls and self._adopt(context, made_by):
             return
         parent = context._parent
@@ -113,10 +124,10 @@ class DeferredTracer(Keeper):
             above = parent._trace
             if isinstance(above, ContextTrace) and above.root.open > 0:
                 root = made_by.trace.root if made_by is not None and made_by.trace.root.open > 0 else above.root
-                context._trace = ContextTrace(root, context._id, made_by)
+                context._trace = ContextTrace.below(root, context._id, made_by)
                 root.open += 1
                 return
-        root = RootTrace(self, context._id, now, self._most)
+        root = RootTrace.begun(self, context._id, now, self._most)
         root.hot, root.odd = self._hot, self._odd
         given = context._trace
         context._trace = root
@@ -195,13 +206,13 @@ class DeferredTracer(Keeper):
     def _note_tail(self, executions: list[Execution]) -> None:
         """Executions that still run on an ended context keep its trace open."""
         for execution in executions:
-            span = execution.span
-            if type(span) is ExecutionSpan and not span.ended:
+            span = span_of(execution)
+            if span is not None and not span.ended:
                 root = span.trace.root
                 if span not in root.rare().tail:
                     root.rare().tail.add(span)
                     root.open += 1
-                    root.hot = True
+                    root.hot = execution.watched = True
 
     # --- reasons to keep
 
@@ -216,7 +227,7 @@ class DeferredTracer(Keeper):
     def retry_scheduled(self, execution: Execution, error: BaseException, delay_s: float, now: float) -> None:
         """A retried execution keeps its root's trace."""
         for root in self._roots_of(execution.context, execution):
-            self._trouble(root, "retried", execution.task.id, type(error).__name__)
+            self._trouble(root, "retried", execution.task.id, error_type_of(error))
 
     def context_stalled(self, context: Context, stall: Stall, now: float) -> None:
         """A stalled context keeps its root's trace."""
@@ -234,8 +245,9 @@ class DeferredTracer(Keeper):
     def _roots_of(self, context: Context, execution: Execution | None) -> set[RootTrace]:
         """The trace of the context, and that of the pull where the execution is one."""
         roots = {context._trace.root}
-        if execution is not None and type(execution.span) is ExecutionSpan:
-            roots.add(execution.span.trace.root)
+        span = span_of(execution)
+        if span is not None:
+            roots.add(span.trace.root)
         return roots
 
     def _trouble(self, root: RootTrace, reason: str, task: str, error_type: str) -> None:
@@ -247,65 +259,52 @@ class DeferredTracer(Keeper):
     # --- executions: the hot path
 
     def execution_started(self, execution: Execution, now: float) -> None:
-        """Makes the execution the current span."""
+        """Makes the execution current, and leaves a record of it: of its end nothing need be told if that is quick."""
+        if TYPE_CHECKING:
+            assert isinstance(execution, TracedExecution)  # of `execution_class`
         trace = execution.context._trace
         root = trace if type(trace) is RootTrace else trace.root
         left = root.left = root.left - 1
         if left < 0 or root.odd:
             self._start_odd(execution, trace, now)
             return
-        span = execution.span = ExecutionSpan()  # `span_in` written out
-        span.trace = trace
-        span.trace_id = root.trace_id
-        span.execution = execution
-        make_current(span)
+        execution.trace = trace
+        room = self.room
+        if root is trace and room > 0 and not root.hot:
+            self.room = room - 1
+            execution.listed = True
+            root.records.append(execution)
+        else:
+            execution.listed = False
+            execution.watched = True
+        make_current(execution)  # type: ignore[arg-type]  # looks like one, and a dict would be another object
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
-        """Leaves a record."""
-        span = execution.span
-        span.execution = None
-        root = span.trace
-        if type(root) is RootTrace and outcome == "success":
-            root.records.append(execution)
-        else:
-            root = root.root
+        """Leaves a record, or completes it."""
+        if TYPE_CHECKING:
+            assert isinstance(execution, TracedExecution)
+        trace, root = execution.trace, execution.trace.root
+        if not execution.listed:
+            self.room -= 1
+            quick = root is trace and outcome == "success"
+            root.records.append(execution if quick else record_of(execution, error))
+        elif outcome != "success":
+            self._replace(root, execution, error)
+        if execution.span is not None:
+            execution.span.execution = None
+        if self.room < 0 or root.hot:
+            self._after(execution, root, now)
+
+    def _replace(self, root: RootTrace, execution: TracedExecution, error: BaseException | None) -> None:
+        """The record of an execution that went wrong says why; it is the newest now."""
+        with self.lock:
+            if execution in root.records:
+                root.records.remove(execution)
+            else:
+                self.room -= 1  # it was lost, and is counted; its end may find a place
             root.records.append(record_of(execution, error))
-        room = self.room = self.room - 1
-        if room < 0 or root.hot:
-            self._after(execution, span, root, now)
 
-    def count_into(self, tally: MetricsObserver) -> Observer:
-        """Counts quick successes for the metrics as well, in `execution_finished`; gives the rest of the tally, to be
-        told of everything else. A call less for each execution: 0.1 us of about 0.4.
-        """
-        self._tally = tally
-        self._rows, self._first_s = tally.rows, tally.first_s
-        self.execution_finished = self._finished_and_counted  # type: ignore[method-assign]
-        return without(tally, "execution_finished")
-
-    def _finished_and_counted(
-        self, execution: Execution, outcome: str, error: BaseException | None, now: float
-    ) -> None:
-        if outcome == "success" and (took := execution.ended - execution.started) <= self._first_s:
-            row = self._rows[execution.index]
-            row[1] += 1
-            row[0] += took
-        else:
-            self._tally.execution_finished(execution, outcome, error, now)
-        span = execution.span  # as in `execution_finished`
-        span.execution = None
-        root = span.trace
-        if type(root) is RootTrace and outcome == "success":
-            root.records.append(execution)
-        else:
-            root = root.root
-            root.records.append(record_of(execution, error))
-        room = self.room = self.room - 1
-        if room < 0 or root.hot:
-            self._after(execution, span, root, now)
-
-    def _tidy(self) -> None:
-        super()._tidy()
+    def _now_and_then(self) -> None:
         self._time_executions()
 
     def _time_executions(self) -> None:
@@ -319,24 +318,21 @@ class DeferredTracer(Keeper):
         self._timed = ended
 
     def _time_nobodys(self) -> float:
-        nobodys = SimpleNamespace(context=SimpleNamespace(_trace=None, _outcome=None), span=None, lane=0)
-        nobodys.context._trace = RootTrace(self, 0, 0.0, 1)
-        execution: Any = nobodys
+        nobodys: Any = SimpleNamespace(_trace=RootTrace.begun(self, 0, 0.0, 1), _lane=0)
         started = perf_counter()
-        DeferredTracer.execution_started(self, execution, 0.0)
-        DeferredTracer.execution_finished(self, execution, "success", None, 0.0)
+        self.execution_started(TracedExecution.begun(nobodys, self.plan.tasks[0], 0, 1, 0.0, -1), 0.0)
         return perf_counter() - started
 
     def visit_finished(self, context: Context, worker: int, busy_s: float, now: float) -> None:
         """What was current before the visit's executions is current again (E17)."""
-        if worker >= 0 and type(current(None)) is ExecutionSpan:
+        if worker >= 0 and type(current(None)) in _OWN:
             make_current(self._outside)
 
-    def _after(self, execution: Execution, span: ExecutionSpan, root: RootTrace, now: float) -> None:
+    def _after(self, execution: TracedExecution, root: RootTrace, now: float) -> None:
         """What is more than a record: a full buffer, a kept trace, an end that was waited for, a slow task."""
         if self.plan.joins and execution.context._outcome is None:
-            span.trace.last = span
-        if execution.lane == _LOOP_LANE and type(current(None)) is ExecutionSpan:
+            execution.trace.last = execution.own_span()
+        if execution.lane == _LOOP_LANE and type(current(None)) in _OWN:
             make_current(self._outside)  # a pull is no visit, so nobody does it later
         if self.room < 0 and not self._refill(reserve=execution.outcome not in ("success", None)):
             self._lose_last(root)
@@ -345,9 +341,9 @@ class DeferredTracer(Keeper):
             if limit_s is not None and execution.ended - execution.started > limit_s:
                 self._keep(root, "slow", (execution.task.id, "slow"))
         more = root.more
-        if more is not None and span in more.tail:
-            more.tail.discard(span)
-            span.trace.last = None
+        if more is not None and execution.span in more.tail:
+            more.tail.discard(execution.span)
+            execution.trace.last = None
             root.open -= 1
             if root.open == 0 and more.pull != "open":
                 self._decide(root, now)
@@ -384,7 +380,7 @@ class DeferredTracer(Keeper):
         if len(spans) < MAX_LINKS:
             spans.append(span)
 
-    def _start_odd(self, execution: Execution, trace: ContextTrace, now: float) -> None:
+    def _start_odd(self, execution: TracedExecution, trace: ContextTrace, now: float) -> None:
         """A long trace goes on in a new one, a pull has one of its own, a join gets its links, baggage is carried."""
         root, bit = trace.root, self.plan.bit[execution.index]
         if root.left < 0:
@@ -394,6 +390,8 @@ class DeferredTracer(Keeper):
             root = trace.root
         more = root.more
         base = more.base if more is not None and more.base is not None else self._base
+        execution.trace = trace
+        execution.listed, execution.watched = False, True
         span = execution.span = span_in(trace, root.trace_id, base, execution)
         if more is not None and more.pull == "open":
             more.tail.add(span)
@@ -407,6 +405,9 @@ class DeferredTracer(Keeper):
         more = root.rare()
         if more.parts is None:
             more.parts = [Part(root.trace_id, root.span_id, root.entered)]
+        for record in list(root.records):
+            if type(record) is TracedExecution:
+                record.own_span()  # while it would still be in this part
         root.trace_id, root.span_id, root.left = new_trace_id(), new_span_id(), self._most - 1
         more.parts.append(Part(root.trace_id, root.span_id, now))
 
@@ -416,7 +417,7 @@ class DeferredTracer(Keeper):
         number = 1 if before is None else before.rare().iteration + 1
         self._end_pull(id(trace), now)
         trace.root.left += 1
-        root = RootTrace(self, trace.raw_id, now, self._most - 1)
+        root = RootTrace.begun(self, trace.raw_id, now, self._most - 1)
         root.hot = root.odd = True
         self.room -= 1
         more = root.rare()
@@ -424,7 +425,7 @@ class DeferredTracer(Keeper):
         more.base = trace.root.more.base if trace.root.more is not None else None
         more.links.append(("input", trace.root.trace_id, trace.root.span_id))
         self._pulls[id(trace)] = root
-        return ContextTrace(root, trace.raw_id, None)
+        return ContextTrace.below(root, trace.raw_id, None)
 
     def _adopt(self, context: Context, made_by: ExecutionSpan) -> bool:
         """The first item of a pull is what its trace is about; False for further ones, and for what no pull made."""

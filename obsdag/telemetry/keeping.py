@@ -91,13 +91,13 @@ class Keeper(Observer):
         self._quantile = pipeline.quantile_of(self.dag) if slow_after == "p99" else None
         self._slow_tasks = _slow_tasks(run.plan.tasks)
         self._hot = self._slow_tasks is not None or bool(run.plan.loops | run.plan.maps | run.plan.joins)
-        self._odd = self._flagged = False
+        self._odd = False
         self._base: OtelContext = OtelContext()
         self._outside: OtelContext = self._base
         self.run_parent: SpanContext | None = None
         self._started = 0.0
         self._hunts = self._slow_s is not None or self._quantile is not None
-        self._dropped = 0
+        self._dropped = [0]
         self._over: Context | None = None  # the latest whose trace was dropped: other observers may still ask for ids
         self._kept_any = False
         self._pulls: dict[int, RootTrace] = {}
@@ -164,28 +164,23 @@ class Keeper(Observer):
                     return False
                 root.decision = "over_budget" if more is not None and more.over else "dropped"
         if root.decision == "dropped":
-            self._dropped += 1
+            dropped = self._dropped
+            dropped[0] += 1
+            if not dropped[0] % BLOCK:
+                self._now_and_then()
         else:
             self.stats.decide(root.decision, dag=self.dag)
         if more is not None:
             self._forget(root)
         self.room += len(root.records) + 1
         root.records.clear()
-        if self._dropped >= BLOCK or self.room > 2 * BLOCK:
-            self._tidy()
-        return True
-
-    def _tidy(self) -> None:
-        """What is done for many roots at once: telling how many were dropped, giving places back."""
-        self._tell_dropped()
         if self.room > 2 * BLOCK:
             self._pipeline.give_places(self.room - BLOCK)
             self.room = BLOCK
+        return True
 
-    def _tell_dropped(self) -> None:
-        dropped, self._dropped = self._dropped, 0
-        if dropped:
-            self.stats.decide("dropped", dropped, dag=self.dag)
+    def _now_and_then(self) -> None:
+        """Called once in many dropped roots."""
 
     def _forget(self, root: RootTrace) -> None:
         more = root.rare()

@@ -16,7 +16,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
 from obsdag.core.states import LANES, STATES
 from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, ContextTrace, Details, ExecutionSpan, Part, RootTrace
-from obsdag.telemetry.specs import clean
+from obsdag.telemetry.specs import clean, error_type_of
 
 if TYPE_CHECKING:
     from obsdag.telemetry.deferred import DeferredTracer
@@ -55,7 +55,7 @@ def error_text(error: BaseException) -> ErrorText:
         message = str(error)
     except Exception as broken:
         message = f"<{type(broken).__name__} while asking for its text>"
-    return ErrorText(type(error).__name__, message)
+    return ErrorText(error_type_of(error), message)
 
 
 class ErrorTexts:

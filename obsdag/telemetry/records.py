@@ -1,16 +1,17 @@
 """What tracing keeps while nobody knows whether it is wanted: a record per execution and root (TELEMETRY section 3).
 
     Context._trace -> ContextTrace -> RootTrace   one ContextTrace per context; a root's whole tree shares its RootTrace
-    Execution.span -> ExecutionSpan               the current span while the function runs
+    TracedExecution                               is the current OpenTelemetry context while the function runs
+    Execution.span -> ExecutionSpan               its span, made when somebody asks for it or the record is wanted
 
 A record is as little as can be, because there is one per execution and most are thrown away:
-    Execution                   a success on a root's own context, which lives as long as its trace is undecided
+    TracedExecution             on a root's own context, which lives as long as its trace is undecided; from its start
     (ExecutionSpan, ...)        any other execution, see `record_of`: nothing that would keep a child's data alive
     (None, ContextTrace, ...)   a wait: state, started, ended
 
 All times are on the run's clock. Who may change what: everything on the run's thread, except that tracing's thread
-takes records away (under the pipeline's lock) and that `ExecutionSpan.details` are written from whatever thread the
-task runs in (under `details_lock`).
+takes records away (under the pipeline's lock), that spans are made and `ExecutionSpan.details` written from whatever
+thread the task runs in (under `details_lock`).
 
 No object here refers to itself in a circle once its root has ended, so that nothing waits for the cycle collector.
 """
@@ -20,8 +21,8 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from opentelemetry.context import Context as OtelContext
 from opentelemetry.trace import (
@@ -34,10 +35,10 @@ from opentelemetry.trace import (
     TraceState,
 )
 
-from obsdag.telemetry.attach import OwnContext
+from obsdag.core.records import Execution
+from obsdag.telemetry.attach import EXECUTION_KEY, SPAN_KEY, OwnContext
 
 if TYPE_CHECKING:
-    from obsdag.core.records import Execution
     from obsdag.telemetry.carrier import Caller
 
 __all__ = [
@@ -194,14 +195,21 @@ class ContextTrace:
     last: its latest ended span, while it lives. top: this is the context that `context {dag}` is about.
     """
 
-    last: ExecutionSpan | None = None
-    maker: ExecutionSpan | None
-    top = False
+    __slots__ = ("last", "maker", "raw_id", "root")
 
-    def __init__(self, root: RootTrace, raw_id: str | int, maker: ExecutionSpan | None) -> None:
-        self.root = root
-        self.raw_id = raw_id
-        self.maker = maker
+    top = False
+    # No `__init__`: that would be another call for each root.
+    last: ExecutionSpan | None
+    maker: ExecutionSpan | None
+    raw_id: str | int
+    root: RootTrace
+
+    @classmethod
+    def below(cls, root: RootTrace, raw_id: str | int, maker: ExecutionSpan | None) -> Self:
+        """Of a context that belongs to the tree of `root`."""
+        self = cls()
+        self.root, self.raw_id, self.maker, self.last = root, raw_id, maker, None
+        return self
 
 
 class RootTrace(ContextTrace):
@@ -213,22 +221,40 @@ class RootTrace(ContextTrace):
     record. decision: one of TRACE_DECISIONS once taken.
     """
 
-    # Class attributes instead of slots: what a root rarely sets costs it nothing to make.
-    open = 1
-    hot = odd = False
-    decision: str | None = None
-    more: RootMore | None = None
+    __slots__ = (
+        *("_span_id", "decision", "entered", "hot", "left", "more", "odd", "open", "records", "trace_id", "tracer"),
+    )
+
     top = True
     maker = None
-    _span_id = 0
 
-    def __init__(self, tracer: Any, raw_id: str | int, entered: float, left: int) -> None:
+    tracer: Any
+    entered: float
+    left: int
+    trace_id: int
+    records: list[Any]
+    open: int
+    hot: bool
+    odd: bool
+    decision: str | None
+    more: RootMore | None
+    _span_id: int
+
+    @classmethod
+    def begun(cls, tracer: Any, raw_id: str | int, entered: float, left: int) -> Self:
+        """One whose context enters now."""
+        self = cls()
         self.tracer = tracer
         self.raw_id = raw_id
         self.entered = entered
         self.left = left
         self.trace_id = _bits(128) or 1
-        self.records: list[Any] = []
+        self.records = []
+        self.open = 1
+        self.hot = self.odd = False
+        self.decision = self.more = self.last = None
+        self._span_id = 0
+        return self
 
     @property
     def root(self) -> RootTrace:  # type: ignore[override]  # an attribute would be a circle
@@ -277,10 +303,9 @@ class RootTrace(ContextTrace):
 
 
 class ExecutionSpan(OwnContext, Span):
-    """The current span while a task runs: ids at once, everything else only if somebody asks or the trace is kept.
+    """The span of an execution: ids at once, everything else only if somebody asks or the trace is kept.
 
-    trace_id, id: its own. trace: of its context. execution: while it runs. Made by
-    `span_in`, which the hot path writes out: an `__init__` would cost 0.1 us.
+    trace_id, id: its own. trace: of its context. execution: while it runs. Made by `span_in`.
     """
 
     __slots__ = ("execution", "trace", "trace_id")
@@ -295,7 +320,7 @@ class ExecutionSpan(OwnContext, Span):
     @property
     def ended(self) -> bool:
         """Whether calls change nothing more."""
-        return self.execution is None
+        return self.execution is None or self.execution.outcome is not None
 
     @property
     def id(self) -> int:
@@ -401,10 +426,71 @@ def span_in(
     return span
 
 
+class TracedExecution(Execution, Mapping[str, Any]):
+    """An execution that is its own OpenTelemetry context, so that following it takes no object of tracing's own.
+
+    Its one entry, the current span, is made when somebody looks: most executions are over before, and of the others'
+    traces most are thrown away. trace: of its context, or of the pull that it is. listed: it stands in its root's
+    records already, since it began.
+    """
+
+    __slots__ = ("listed", "trace")
+
+    trace: ContextTrace
+    listed: bool
+
+    def own_span(self) -> ExecutionSpan:
+        """Its span; from any thread, once `execution_started` was told."""
+        if self.span is None:
+            with details_lock:
+                if self.span is None:
+                    running = self.outcome is None
+                    self.span = span_in(self.trace, self.trace.root.trace_id, None, self if running else None)
+                    self.watched = True  # for its end, which parts the two
+        span: ExecutionSpan = self.span
+        return span
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The span, under its own key and under that of the execution."""
+        return self.own_span() if key in (SPAN_KEY, EXECUTION_KEY) else default
+
+    def copy(self) -> dict[str, Any]:
+        """All entries, as the API asks for before it sets one, and the execution, so that it is known inside a span of
+        the user's own as well.
+        """
+        return {SPAN_KEY: self.own_span(), EXECUTION_KEY: self.own_span()}
+
+    def __getitem__(self, key: Any) -> Any:
+        if key != SPAN_KEY:
+            raise KeyError(key)
+        return self.own_span()
+
+    def __contains__(self, key: object) -> bool:
+        return key == SPAN_KEY
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((SPAN_KEY,))
+
+    def __len__(self) -> int:
+        return 1
+
+    __eq__ = object.__eq__  # as an execution; two never have the same context
+    __hash__ = object.__hash__
+
+
+def span_of(execution: Execution | None) -> ExecutionSpan | None:
+    """The span of an execution in deferred tracing, None where it has none: it never began."""
+    if execution is None:
+        return None
+    if execution.span is None and type(execution) is TracedExecution and hasattr(execution, "trace"):
+        return execution.own_span()
+    return execution.span if type(execution.span) is ExecutionSpan else None
+
+
 def record_of(execution: Execution, error: BaseException | None) -> tuple[Any, ...]:
     """What remains of an execution: span, index, attempt, started, ended, worker, lane, waits, outcome, error."""
     return (
-        execution.span,
+        span_of(execution),
         execution.index,
         execution.attempt,
         execution.started,
@@ -418,10 +504,18 @@ def record_of(execution: Execution, error: BaseException | None) -> tuple[Any, .
 
 
 def taken(records: list[Any]) -> list[tuple[Any, ...]]:
-    """Takes all records out of a list that may grow meanwhile, as tuples."""
+    """Takes what has ended out of a list that may grow meanwhile, as tuples.
+
+    What has failed stays until its record with the error is there.
+    """
     found = records[:]
-    del records[: len(found)]
-    return [record if type(record) is tuple else record_of(record, None) for record in found]
+    ended = [type(record) is tuple or record.outcome == "success" for record in found]
+    records[: len(found)] = [record for record, over in zip(found, ended, strict=True) if not over]
+    return [
+        record if type(record) is tuple else record_of(record, None)
+        for record, over in zip(found, ended, strict=True)
+        if over
+    ]
 
 
 def _size_of(attributes: Any) -> int:
@@ -435,12 +529,12 @@ def _size_of(attributes: Any) -> int:
 
 def trace_ids(execution: Execution) -> tuple[str, str] | None:
     """Trace id and span id of an execution as hex text, None without tracing; for log lines and links."""
-    span = execution.span
-    if span is None:
-        return None
-    if type(span) is ExecutionSpan:
+    span = span_of(execution)
+    if span is not None:
         return f"{span.trace_id:032x}", f"{span.id:016x}"
-    context = span.get_span_context()
+    if execution.span is None:
+        return None
+    context = execution.span.get_span_context()
     return (f"{context.trace_id:032x}", f"{context.span_id:016x}") if context.is_valid else None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 __all__ = ["ALL_DAGS", "DROP_REASONS", "SIGNALS", "TRACE_DECISIONS", "Kept", "SelfStats", "StatsPart"]
 
@@ -37,14 +37,32 @@ class Kept(NamedTuple):
 
 
 class StatsPart:
-    """The counters of one DAG, or of all together; every key of the closed sets is there from the start."""
+    """The counters of one DAG, or of all together; every key of the closed sets is there from the start.
 
-    __slots__ = ("dropped", "seconds", "traces")
+    counting: the traces that runs which go on have dropped so far, a list of one number for each run: most roots end
+    so, and a lock for each of them would be felt.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_lock", "_traces", "counting", "dropped", "seconds")
+
+    def __init__(self, lock: Any = None) -> None:
+        self._lock = lock if lock is not None else threading.Lock()
+        self._traces: dict[str, int] = dict.fromkeys(TRACE_DECISIONS, 0)
+        self.counting: list[list[int]] = []
         self.dropped: dict[tuple[str, str], int] = {(signal, why): 0 for signal in SIGNALS for why in DROP_REASONS}
         self.seconds: dict[str, float] = dict.fromkeys(SIGNALS, 0.0)
-        self.traces: dict[str, int] = dict.fromkeys(TRACE_DECISIONS, 0)
+
+    @property
+    def traces(self) -> dict[str, int]:
+        """Roots by why their trace was kept or not."""
+        with self._lock:
+            found = dict(self._traces)
+            found["dropped"] += sum(number for (number,) in self.counting)
+        return found
+
+    def decide(self, decision: str, count: int) -> None:
+        """Counts traces; under the lock."""
+        self._traces[decision] += count
 
     def add(self, other: StatsPart) -> None:
         """Adds the counters of another part to these."""
@@ -53,7 +71,7 @@ class StatsPart:
         for signal, seconds in other.seconds.items():
             self.seconds[signal] += seconds
         for decision, traces in other.traces.items():
-            self.traces[decision] += traces
+            self._traces[decision] += traces
 
 
 class SelfStats:
@@ -69,8 +87,8 @@ class SelfStats:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._total = StatsPart()
-        self.parts: dict[str, StatsPart] = {ALL_DAGS: StatsPart()}
+        self._total = StatsPart(self._lock)
+        self.parts: dict[str, StatsPart] = {ALL_DAGS: StatsPart(self._lock)}
         self.gauges: dict[str, Callable[[], float]] = {}
         self.on_kept: list[Callable[[Kept], None]] = []
 
@@ -104,8 +122,23 @@ class SelfStats:
     def decide(self, decision: str, count: int = 1, *, dag: str = ALL_DAGS) -> None:
         """Counts traces by one of TRACE_DECISIONS. Raises KeyError for what is none."""
         with self._lock:
-            self._total.traces[decision] += count
-            self._part(dag).traces[decision] += count
+            self._total.decide(decision, count)
+            self._part(dag).decide(decision, count)
+
+    def count_dropped(self, *, dag: str) -> list[int]:
+        """Where a run that begins counts the traces that it drops: in the first item, on its own thread."""
+        dropped = [0]
+        with self._lock:
+            self._total.counting.append(dropped)
+            self._part(dag).counting.append(dropped)
+        return dropped
+
+    def counted_dropped(self, dropped: list[int], *, dag: str) -> None:
+        """The run is over: its number is one of the others from now on."""
+        with self._lock:
+            for part in (self._total, self._part(dag)):
+                part.counting[:] = [each for each in part.counting if each is not dropped]
+                part.decide("dropped", dropped[0])
 
     def gauge(self, name: str) -> float:
         """What the function under `name` says now, 0.0 without one."""
@@ -115,5 +148,5 @@ class SelfStats:
     def _part(self, dag: str) -> StatsPart:
         part = self.parts.get(dag)
         if part is None:
-            part = self.parts[dag] = StatsPart()
+            part = self.parts[dag] = StatsPart(self._lock)
         return part

@@ -54,11 +54,11 @@ _BAD_OUTCOMES: Final = tuple(outcome for outcome in EXECUTION_OUTCOMES if outcom
 class TaskSlots:
     """Which series a task counts into: its own, the common one beyond the cap, or one for all with low cardinality.
 
-    of_index: task index -> slot. names: slot -> label. The last slot is for no task at all (`_none`), as are source
-    and sink. joins, pulled: slots of joins, of loops and maps. restarts: (slot, kind) of what may be made anew.
+    of_index: task index -> slot; indices: the other way. names: slot -> label. The last slot is for no task at all
+    (`_none`), as are source and sink. joins, pulled: slots of joins, of loops and maps. restarts: (slot, kind) of what may be made anew.
     """
 
-    __slots__ = ("index", "joins", "labels", "none", "of_index", "pulled", "restarts", "tasks")
+    __slots__ = ("index", "indices", "joins", "labels", "none", "of_index", "pulled", "restarts", "tasks")
 
     def __init__(self, plan: Plan, labels: Labels) -> None:
         slots: dict[str, int] = {}
@@ -70,6 +70,9 @@ class TaskSlots:
         self.tasks = len(slots)
         self.none = 0 if labels.low else len(slots)
         self.of_index = [self.none if slot < 0 else slot for slot in self.of_index]
+        self.indices: list[list[int]] = [[] for _ in range(self.none + 1)]
+        for index, slot in enumerate(self.of_index):
+            self.indices[slot].append(index)
         self.labels: list[tuple[str, ...]] = [()] if labels.low else [(name,) for name in (*slots, NO_TASK)]
         self.index = {task.id: number for number, task in enumerate(plan.tasks)}
         self.joins = self._where(plan, ("join",))
@@ -115,17 +118,15 @@ class MetricsObserver(Observer):
         self._init_run_lists()
         # hot
         self._search = buckets.search
-        self.first_s = buckets.bounds[0]
+        self.quick_s = buckets.bounds[0]
         self._slot_rows = [buckets.row() for _ in range(count)]
         # Tasks beyond the cap share one; the last is that of nobody, see `_time_executions`.
         self.rows = [*(self._slot_rows[slot] for slot in slots.of_index), buckets.row()]
         self._queue_rows = [buckets.row() for _ in LANES]
-        self._busy_s = 0.0
-        self._since: dict[int, float] = {}  # worker (-1: a user's own) -> start of the visit that goes on, else -1
         # per context
         self._root_rows = {outcome: buckets.row() for outcome in OUTCOMES}
         self._ledger_s = [0.0] * len(STATES)
-        self._critical_s = [0.0] * count
+        self._critical_s = [0.0] * len(plan.tasks)  # by task index
         # rare
         self._bad_rows: list[Row | None] = [None] * count
         self._bad = {outcome: [0] * count for outcome in _BAD_OUTCOMES}
@@ -151,13 +152,26 @@ class MetricsObserver(Observer):
         self._finished_before = [0] * len(OUTCOMES)
         self.entered: list[int] = []
         self.finished: list[int] = []
+        self._quick: list[int] = []
+        self._quick_s: list[float] = []
+        self._waits: list[int] = []
+        self._waits_s: list[float] = []
+        self._busy_before_s = 0.0
+        self._busy_s: list[float] = []
 
     def attach(self, run: RunState) -> None:
         """Counts for `run` from now on. Its lists are kept, not the run, so nothing is lost if it is never finished."""
         self._entered_before, self._finished_before = self.entered_total(), self.finished_total()
         self.entered, self.finished = run.entered, run.finished
+        for slot, row in enumerate(self._slot_rows):
+            row[:] = self._row_of(slot)
+        for lane, row in enumerate(self._queue_rows):
+            row[:] = self._queue_row(lane)
+        self._quick, self._quick_s = run.quick_executions, run.quick_seconds
+        self._waits, self._waits_s = run.quick_visits, run.quick_waits_s
+        self._busy_before_s += sum(self._busy_s)
+        self._busy_s = run.busy_s
         self.run = weakref.ref(run)
-        self._since = dict.fromkeys(range(-1, run.config.context_worker_num), -1.0)
         self.started = False
         self.phase = ""
         self._submitted = self._never_entered = self._timed = 0
@@ -208,11 +222,12 @@ class MetricsObserver(Observer):
 
     def _time_executions(self) -> None:
         """What counting the executions since the last time has cost, by the time that it takes to count one of nobody.
+        The quick ones cost nothing more: the run counts them.
 
         They are too many to be counted for the purpose: that would be a fifth of what is done about one.
         """
         run = self.run() if self.run is not None else None
-        if run is not None and (ended := sum(run.task_executions)) > self._timed:
+        if run is not None and (ended := sum(run.told_executions)) > self._timed:
             started = perf_counter()
             self.execution_finished(_NOBODYS, "success", None, 0.0)
             self._executions_s += (perf_counter() - started) * (ended - self._timed)
@@ -222,11 +237,17 @@ class MetricsObserver(Observer):
         """Counts the attempt by task and outcome, and its time. What succeeded is what stands in the row itself."""
         took = execution.ended - execution.started
         row = self.rows[execution.index] if outcome == "success" else self._bad_row(execution.index, outcome)
-        if took <= self.first_s:  # saves a third where tasks are quick, which is where it shows
-            row[1] += 1
-        else:
-            row[bisect_left(self._search, took)] += 1
+        row[bisect_left(self._search, took)] += 1
         row[0] += took
+
+    def _row_of(self, slot: int) -> Row:
+        """The successes of a slot, those among them that nobody was told of, because they are quick."""
+        row = self._slot_rows[slot].copy()
+        if self._quick:
+            for index in self.slots.indices[slot]:
+                row[1] += self._quick[index]
+                row[0] += self._quick_s[index]
+        return row
 
     def _bad_row(self, index: int, outcome: str) -> Row:
         # Kept apart from the successes, whose number is then the sum of their row: one count less where it is hot.
@@ -238,28 +259,22 @@ class MetricsObserver(Observer):
         return row
 
     def visit_started(self, context: Context, worker: int, lane: int, waited_s: float, now: float) -> None:
-        """Counts the time in the queue by lane."""
-        left = self._left - 1
-        if not left:
-            self._time(self.visit_started, context, worker, lane, waited_s, now)
-            return
-        self._left = left
-        self._since[worker] = now
-        row = self._queue_rows[lane]
-        if waited_s <= self.first_s:
-            row[1] += 1
-        else:
-            row[bisect_left(self._search, waited_s)] += 1
-        row[0] += waited_s
+        """Counts the time in the queue by lane, where it was long."""
+        self._buckets.observe(self._queue_rows[lane], waited_s)
 
-    def visit_finished(self, context: Context, worker: int, busy_s: float, now: float) -> None:
-        """Counts a worker's time."""
-        self._busy_s += busy_s
-        self._since[worker] = -1.0
+    def _queue_row(self, lane: int) -> Row:
+        """The times in a lane, those among them that nobody was told of."""
+        row = self._queue_rows[lane].copy()
+        if self._waits:
+            row[1] += self._waits[lane]
+            row[0] += self._waits_s[lane]
+        return row
 
-    def open_visits_s(self, now: float) -> float:
+    @staticmethod
+    def open_visits_s(run: RunState) -> float:
         """Seconds that the visits which go on have taken so far, those of the engine's own workers."""
-        return sum(now - since for worker, since in self._since.copy().items() if since >= 0.0 <= worker)
+        now = run.clock()
+        return sum(now - since for since in run.visit_since[:-1] if since >= 0.0)
 
     # --- contexts
 
@@ -291,10 +306,13 @@ class MetricsObserver(Observer):
     def _count_critical(self, root: Context) -> None:
         # The chain that `run.critical_path` marks, without its slack, which takes a sort and an object per execution.
         # It ends: an execution is released by one that was there before it.
-        execution, seconds, slots = root._maker, self._critical_s, self.slots.of_index
-        while execution is not None and (execution.context is root or _descends(execution.context, root)):
-            if execution.outcome is not None and (took := execution.ended - execution.started):
-                seconds[slots[execution.index]] += took
+        execution, seconds = root._maker, self._critical_s
+        while execution is not None:
+            context = execution.context
+            if context is not root and not _descends(context, root):
+                return
+            if execution.outcome is not None:
+                seconds[execution.index] += execution.ended - execution.started
             execution = execution.released_by
 
     def context_failed(self, context: Context, failure: Failure, execution: Execution | None, now: float) -> None:
@@ -410,7 +428,7 @@ class MetricsObserver(Observer):
         self._add_plain(totals)
 
     def _add_task(self, totals: Totals, slot: int, labels: tuple[str, ...], always: bool) -> None:
-        row, bad_row = self._slot_rows[slot].copy(), self._bad_rows[slot]
+        row, bad_row = self._row_of(slot), self._bad_rows[slot]
         for reason, counts in self._destroyed.items():
             totals.add("obsdag_gc_destroyed_total", (*labels, reason), counts[slot])
         if not always and not any(row):
@@ -423,11 +441,12 @@ class MetricsObserver(Observer):
             totals.add_row("obsdag_task_seconds", labels, bad_row)
         totals.add("obsdag_task_retries_total", labels, self._retries[slot])
         totals.add("obsdag_task_failures_total", (*labels, OTHER), 0)
-        totals.add("obsdag_critical_seconds_total", labels, self._critical_s[slot])
+        critical_s = sum(self._critical_s[index] for index in self.slots.indices[slot])
+        totals.add("obsdag_critical_seconds_total", labels, critical_s)
 
     def _add_rows(self, totals: Totals) -> None:
-        for lane, row in zip(LANES, self._queue_rows, strict=True):
-            totals.add_row("obsdag_queue_wait_seconds", (lane,), row)
+        for number, lane in enumerate(LANES):
+            totals.add_row("obsdag_queue_wait_seconds", (lane,), self._queue_row(number))
         for outcome in OUTCOMES:
             totals.add_row("obsdag_root_seconds", (outcome,), self._root_rows[outcome])
             totals.add_row("obsdag_submit_seconds", (outcome,), self._submit_rows[outcome])
@@ -446,7 +465,7 @@ class MetricsObserver(Observer):
         for signal, count in self._lost.items():
             totals.add("obsdag_telemetry_dropped_total", (signal, "observer_failed"), count)
         totals.add("obsdag_telemetry_seconds_total", (self.signal,), self._timed_s * SAMPLE_EVERY + self._executions_s)
-        totals.add("obsdag_worker_busy_seconds_total", (), self._busy_s)
+        totals.add("obsdag_worker_busy_seconds_total", (), self._busy_before_s + sum(self._busy_s))
         totals.add("obsdag_bypassed_tasks_total", (), self._bypassed)
         totals.add("obsdag_deadlocks_total", (), self._deadlocks)
         totals.add("obsdag_results_expired_total", (), self._expired)

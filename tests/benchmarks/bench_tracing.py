@@ -18,10 +18,10 @@ from typing import Any
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 from obsdag import DAG, Context, Executor, ExecutorConfig, Observer, Runtime
-from obsdag.core.records import Execution
 from obsdag.core.state import RunState
 from obsdag.telemetry.deferred import DeferredTracer
 from obsdag.telemetry.materialize import build_spans
+from obsdag.telemetry.records import TracedExecution
 from obsdag.telemetry.tracing import Tracing
 
 ROUNDS, CALLS, CONTEXTS = 300, 1_000, 2_000
@@ -79,7 +79,7 @@ def facts() -> None:
     context = Context()
     run.accept(context, 0.0)
     tracer.context_entered(context, "input", None, 0.0)
-    execution = Execution(context, run.plan.tasks[1], 1, 1, 0.0, 0)
+    execution = TracedExecution.begun(context, run.plan.tasks[1], 1, 1, 0.0, 0)
     root = context._trace.root
 
     def one_execution() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import asyncio
+from typing import Any, ClassVar
 
-from obsdag import DAG, Context, Executor, ExecutorConfig, Observer, RateLimit
+import pytest
+
+from obsdag import DAG, Context, Executor, ExecutorConfig, Observer, RateLimit, RunResult
+from obsdag.core.records import Execution
+from obsdag.core.state import RunState
 from obsdag.core.states import STATES
 from obsdag.testing import run_virtual
 
@@ -45,3 +50,130 @@ def test_who_wants_all_stays_is_told_of_all_beside_one_that_does_not() -> None:
     stays_of(all_stays, long_stays)
     assert ("running", 0.0) in all_stays.told
     assert all_stays.told == long_stays.told
+
+
+class Ends(Observer):
+    """The ends of executions and the beginnings of visits that it is told of; some executions are watched."""
+
+    watched: ClassVar[frozenset[int]] = frozenset()
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[str, int, str]] = []
+        self.waits: list[float] = []
+        self.run: RunState | None = None
+
+    def run_started(self, run: RunState, now: float) -> None:
+        self.run = run
+
+    def execution_started(self, execution: Execution, now: float) -> None:
+        execution.watched = execution.context["n"] in self.watched
+
+    def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
+        self.ends.append((execution.task.id, execution.context["n"], outcome))
+
+    def visit_started(self, context: Context, worker: int, lane: int, waited_s: float, now: float) -> None:
+        self.waits.append(waited_s)
+
+
+class SlowEnds(Ends):
+    quick_s: ClassVar[float] = 1.0  # type: ignore[misc]
+
+
+class SlowAndWatchedEnds(SlowEnds):
+    watched: ClassVar[frozenset[int]] = frozenset({1, 2})
+
+
+def ends_of(*observers: Observer) -> RunResult:
+    """Context 0 is quick, 1 quick, 2 takes two seconds in its second task, 3 fails at once in its second."""
+    dag = DAG()
+
+    @dag.task
+    async def first(ctx: Context) -> Context:
+        return ctx
+
+    @dag.task(after=first)
+    async def second(ctx: Context) -> Context:
+        if ctx["n"] == 2:
+            await asyncio.sleep(2.0)
+        if ctx["n"] == 3:
+            raise ValueError("no")
+        return ctx
+
+    executor = Executor(dag, config=ExecutorConfig(context_worker_num=1, observers=observers))
+    result: RunResult = run_virtual(executor.run([{"n": n} for n in range(4)]))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (SlowEnds, [("second", 2, "success"), ("second", 3, "error")]),
+        (
+            SlowAndWatchedEnds,
+            [
+                *(("first", 1, "success"), ("second", 1, "success")),
+                *(("first", 2, "success"), ("second", 2, "success"), ("second", 3, "error")),
+            ],
+        ),
+    ],
+)
+def test_who_wants_slow_ends_only_is_told_of_those_of_failures_and_of_what_it_watches(
+    kind: type[Ends], told: list[Any]
+) -> None:
+    observer = kind()
+    result = ends_of(observer)
+
+    assert observer.ends == told
+    assert observer.run is not None
+    assert sum(observer.run.told_executions) == len(told)
+    assert sum(observer.run.quick_executions) == 8 - len(told)
+    assert sum(observer.run.task_executions) == 8
+    assert sum(observer.run.task_seconds) == 2.0
+    assert result.counts["output"] == 3
+
+
+def test_who_wants_all_ends_is_told_of_all_beside_one_that_does_not() -> None:
+    everything, slow = Ends(), SlowEnds()
+    ends_of(everything, slow)
+    assert everything.ends == slow.ends
+    assert len(everything.ends) == 8
+    assert len(everything.waits) == len(slow.waits) == 4
+
+
+def test_waits_that_nobody_wants_to_know_are_counted_by_lane() -> None:
+    observer = SlowEnds()
+    ends_of(observer)
+    assert observer.waits == []
+    assert observer.run is not None
+    assert observer.run.quick_visits == [0, 4, 0]
+    assert sum(observer.run.busy_s) == 2.0
+    assert set(observer.run.visit_since) == {-1.0}
+
+
+class Marked(Execution):
+    """With room for a mark."""
+
+    __slots__ = ("mark",)
+
+    mark: str
+
+
+class Marking(Observer):
+    execution_class = Marked
+
+    def __init__(self) -> None:
+        self.marks: list[str] = []
+
+    def execution_started(self, execution: Execution, now: float) -> None:
+        assert isinstance(execution, Marked)
+        execution.mark = execution.task.id
+
+    def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
+        assert isinstance(execution, Marked)
+        self.marks.append(execution.mark)
+
+
+def test_an_observer_may_have_room_of_its_own_on_every_execution() -> None:
+    observer = Marking()
+    ends_of(observer)
+    assert sorted(observer.marks) == ["first"] * 4 + ["second"] * 4

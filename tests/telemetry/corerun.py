@@ -40,7 +40,9 @@ class CoreRun:
         self.now = 0.0
         self.frame = contextvars.copy_context()
         plan = chain(*(names or ("load", "store")), dag=dag, config=task).build()
-        self.state = RunState(plan, ExecutorConfig(**settings), Runtime(), lambda: self.now, EPOCH)
+        self.state = RunState(
+            plan, ExecutorConfig(**{"context_worker_num": 4} | settings), Runtime(), lambda: self.now, EPOCH
+        )
 
     def observe(self, *observers: Observer) -> CoreRun:
         self.state.observe(Facts(observers))

@@ -117,13 +117,13 @@ def test_every_line_says_whose_it_is(lines: Lines) -> None:
     run = observed(Logs("orders", trace_ids=ids))
     parent = run.enter("parent")
     child = parent.create_child(name="child")
-    run.succeed(run.begin(parent, worker=5), child)
-    run.tell("execution_started", run.go_on(child, worker=5), run.now)
+    run.succeed(run.begin(parent, worker=2), child)
+    run.tell("execution_started", run.go_on(child, worker=2), run.now)
 
     started = named(lines, "execution.started")[-1]
     whose = ("engine", "dag", "context_id", "root_id", "task", "attempt", "worker", "trace_id", "span_id")
     assert [started[key] for key in whose] == [
-        *("orders", "etl", "child", "parent", "store", 1, 5, "0a" * 16, "0b" * 8),
+        *("orders", "etl", "child", "parent", "store", 1, 2, "0a" * 16, "0b" * 8),
     ]
     entered = named(lines, "context.entered")[0]
     assert entered["trace_id"] == "0a" * 16

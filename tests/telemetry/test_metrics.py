@@ -391,7 +391,7 @@ def test_a_run_that_cannot_be_read_costs_its_gauge_and_nothing_else() -> None:
     assert first.value("obsdag_collect_errors_total") == 1
     assert second.value("obsdag_collect_errors_total") == 2
     assert first.value("obsdag_contexts_finished_total", outcome="output") == 1
-    assert first.value("obsdag_workers", state="idle") == 1
+    assert first.value("obsdag_workers", state="idle") == 4
     assert [(event, keys["part"]) for event, keys in reports.said] == [("telemetry.collect_failed", "queue")]
 
 
@@ -511,14 +511,14 @@ def test_the_share_of_time_is_measured_on_a_sample_of_the_facts(monkeypatch: pyt
     context = run.enter()
     execution = run.begin(context)
     execution.ended = 1.0
-    run.state.task_executions[1] = 7
+    run.state.told_executions[1] = 7
     for _ in range(SAMPLE_EVERY * 3):
-        observer.visit_started(context, 0, 0, 0.0, 1.0)
+        observer.context_finished(context, "output", 1.0)
     observer.execution_finished(execution, "success", None, 1.0)
 
     seen = reports.scrape()
 
-    # three visits, each for all since the one before; seven executions, by the time that one takes
+    # three ends of roots, each for all since the one before; seven executions, by the time that one takes
     assert seen.total("obsdag_telemetry_seconds_total", dag="etl", signal="metrics") == 3 * SAMPLE_EVERY + 7
     assert seen.value("obsdag_task_executions_total", outcome="success") == 1
 

@@ -45,6 +45,21 @@ async def test_plain_traces_are_dropped_and_counted() -> None:
     assert telemetry.stats.traces["dropped"] == 10
 
 
+async def test_traces_dropped_so_far_are_counted_while_the_run_goes_on() -> None:
+    telemetry = telemetry_of(Tracing([Collected()], sample=0.0))
+    seen: list[int] = []
+
+    async def look(ctx: Context) -> Context:
+        seen.append(telemetry.stats.traces["dropped"])
+        return ctx
+
+    await run_traced(one_task(look), [{} for _ in range(10)], tracing=telemetry.tracing, telemetry=telemetry)
+
+    assert seen == list(range(10))
+    assert telemetry.stats.traces["dropped"] == 10
+    assert telemetry.stats.parts["dag"].traces["dropped"] == 10
+
+
 async def test_ratio_is_of_the_trace_id_by_the_rule_of_the_sdk() -> None:
     kept, everything = Collected(), set()
 
@@ -457,7 +472,7 @@ async def test_an_exception_whose_text_raises_is_exported_all_the_same() -> None
     kept = Collected()
     await run_traced(one_task(step), tracing=Tracing([kept]))
 
-    assert kept.one("execute step").attributes["error.type"] == "Broken"
+    assert kept.one("execute step").attributes["error.type"] == f"{__name__}.{Broken.__qualname__}"
 
 
 async def test_metrics_are_told_of_kept_traces_only() -> None:

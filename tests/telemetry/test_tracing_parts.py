@@ -18,8 +18,18 @@ from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, Tra
 from obsdag import ConfigError
 from obsdag.telemetry.attach import SPAN_KEY
 from obsdag.telemetry.carrier import Caller, capture_caller, inject, remote_span, returning
-from obsdag.telemetry.records import RootTrace, new_span_id, new_trace_id, span_in
+from obsdag.telemetry.records import (
+    ExecutionSpan,
+    RootTrace,
+    TracedExecution,
+    new_span_id,
+    new_trace_id,
+    record_of,
+    span_in,
+    taken,
+)
 from obsdag.telemetry.sampling import KeepBudget, RunningQuantile, ratio_bound
+from tests.telemetry.corerun import CoreRun
 
 LOW = (1 << 64) - 1
 
@@ -42,7 +52,7 @@ def test_ids_do_not_repeat_when_a_user_seeds_random() -> None:
 
 def test_the_context_of_an_execution_looks_like_any_other() -> None:
     base = baggage.set_baggage("tenant", "blue", otel_context.Context())
-    context = span = span_in(RootTrace(None, 1, 0.0, 10), 1, base)
+    context = span = span_in(RootTrace.begun(None, 1, 0.0, 10), 1, base)
     (key,) = base
     plain = otel_context.Context({**base, SPAN_KEY: span})
 
@@ -64,6 +74,56 @@ def test_the_context_of_an_execution_looks_like_any_other() -> None:
     changed = otel_context.set_value("more", 1, context)
     assert get_current_span(changed) is span
     assert baggage.get_baggage("tenant", changed) == "blue"
+
+
+def test_an_execution_is_a_context_too_whose_span_is_made_when_somebody_looks() -> None:
+    run = CoreRun()
+    execution = TracedExecution.begun(run.enter(), run.state.plan.tasks[1], 1, 1, 0.0, 0)
+    execution.trace = RootTrace.begun(None, 1, 0.0, 10)
+    context: Any = execution
+    assert execution.span is None
+    assert not execution.watched
+
+    span = get_current_span(context)
+    plain = otel_context.Context({SPAN_KEY: span})
+
+    assert type(span) is ExecutionSpan
+    assert execution.span is span
+    assert execution.watched
+    assert context
+    assert context == execution != plain
+    assert hash(context) == hash(execution)
+    assert dict(context) == {**context} == dict(plain)
+    assert (list(context), len(context)) == ([SPAN_KEY], 1)
+    assert list(context.items()) == list(plain.items())
+    assert context[SPAN_KEY] is span
+    assert SPAN_KEY in context
+    assert "other" not in context
+    assert context.get("other", 3) == 3
+    with pytest.raises(KeyError):
+        context["other"]
+    changed = otel_context.set_value("more", 1, context)
+    assert get_current_span(changed) is span
+    assert otel_context.get_value("more", changed) == 1
+    assert not span.ended
+    execution.outcome = "success"
+    assert span.ended
+
+
+def test_what_has_failed_is_taken_only_with_its_error() -> None:
+    run = CoreRun()
+    executions = [
+        TracedExecution.begun(run.enter(), run.state.plan.tasks[1], 1, attempt, 0.0, 0) for attempt in (1, 2, 3)
+    ]
+    for execution, outcome in zip(executions, ("success", "error", None), strict=True):
+        execution.trace = RootTrace.begun(None, 1, 0.0, 10)
+        execution.outcome = outcome
+    records: list[Any] = [*executions, record_of(executions[1], ValueError())]
+
+    found = taken(records)
+
+    assert [(record[2], record[8]) for record in found] == [(1, "success"), (2, "error")]
+    assert records == executions[1:]
 
 
 # --- ratio
@@ -225,7 +285,7 @@ def test_T12_no_trace_and_nothing_said_sends_nothing_back() -> None:
 
 def test_ids_of_one_span_are_the_same_in_all_threads() -> None:
     for _ in range(200):
-        span = span_in(RootTrace(None, 1, 0.0, 10), 1)
+        span = span_in(RootTrace.begun(None, 1, 0.0, 10), 1)
         meeting, found = threading.Barrier(4), []
 
         def ask(span: Any = span, meeting: Any = meeting, found: Any = found) -> None:
