@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE_EVERY", "MetricsObserver", "TaskSlots"]
 
 SAMPLE_EVERY: Final = 61
-"""One in so many visits and ends of contexts is timed; a prime, so that no pattern always shows the same one."""
+"""One in so many ends of contexts is timed; a prime, so that no pattern always shows the same one."""
 
 _RUNNING: Final = State.RUNNING.value
 _NOBODYS: Final[Any] = SimpleNamespace(index=-1, started=0.0, ended=0.0)
@@ -55,7 +55,8 @@ class TaskSlots:
     """Which series a task counts into: its own, the common one beyond the cap, or one for all with low cardinality.
 
     of_index: task index -> slot; indices: the other way. names: slot -> label. The last slot is for no task at all
-    (`_none`), as are source and sink. joins, pulled: slots of joins, of loops and maps. restarts: (slot, kind) of what may be made anew.
+    (`_none`), as are source and sink. joins, pulled: slots of joins, of loops and maps. restarts: (slot, kind) of what
+    may be made anew.
     """
 
     __slots__ = ("index", "indices", "joins", "labels", "none", "of_index", "pulled", "restarts", "tasks")
