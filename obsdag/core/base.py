@@ -88,33 +88,7 @@ class RunBase:
         self.queue = ContextQueue()
         self.timers = TimerHeap()
         self.rooms: list[LoopContext] = []  # pulls that wait for room, in order (E16)
-        # Contexts: the living ones in order of entering, and counts that are kept apart on purpose (C9).
-        self.contexts: dict[Context, None] = {}
-        self.living = 0
-        self.discarded = 0
-        self.at_joins = 0
-        self.entered = [0] * len(ENTRY_KINDS)
-        self.finished = [0] * len(OUTCOMES)
-        self.state_counts = [0] * len(STATES)
-        # Executions.
-        self.active = 0
-        self.waiting_limits = 0
-        self.executions_total = 0
-        self.retries_total = 0
-        self.task_started = [0] * len(plan.tasks)
-        # Those that nobody was told of (`Observer.quick_s`) apart from the others: see `task_executions`.
-        self.told_executions = [0] * len(plan.tasks)
-        self.told_seconds = [0.0] * len(plan.tasks)
-        self.quick_executions = [0] * len(plan.tasks)
-        self.quick_seconds = [0.0] * len(plan.tasks)
-        self.joins_pending = [0] * len(plan.tasks)
-        self.busy_workers = 0
-        # Visits: by lane, those that nobody was told of, and what they had waited; by worker (the last: users' own),
-        # the start of the one that goes on, else -1, and the time that those before took.
-        self.quick_visits = [0] * len(LANES)
-        self.quick_waits_s = [0.0] * len(LANES)
-        self.visit_since = [-1.0] * (config.context_worker_num + 1)
-        self.busy_s = [0.0] * (config.context_worker_num + 1)
+        self._init_counts()
         # What the shell has to do next; `dirty` says that there is something, or that `next_wake` has changed.
         self.cancels: list[Execution] = []
         self.closed_pulls: list[Any] = []
@@ -154,6 +128,37 @@ class RunBase:
         self.steps = [self._step(index) for index in range(len(plan.tasks))]
 
     # --- set-up
+
+    def _init_counts(self) -> None:
+        """What is counted as it happens; the layout of the lists never changes, so that scrapes may read them."""
+        plan, workers = self.plan, self.config.context_worker_num
+        # Contexts: the living ones in order of entering, and counts that are kept apart on purpose (C9).
+        self.contexts: dict[Context, None] = {}
+        self.living = 0
+        self.discarded = 0
+        self.at_joins = 0
+        self.entered = [0] * len(ENTRY_KINDS)
+        self.finished = [0] * len(OUTCOMES)
+        self.state_counts = [0] * len(STATES)
+        # Executions.
+        self.active = 0
+        self.waiting_limits = 0
+        self.executions_total = 0
+        self.retries_total = 0
+        self.task_started = [0] * len(plan.tasks)
+        # Those that nobody was told of (`Observer.quick_s`) apart from the others: see `task_executions`.
+        self.told_executions = [0] * len(plan.tasks)
+        self.told_seconds = [0.0] * len(plan.tasks)
+        self.quick_executions = [0] * len(plan.tasks)
+        self.quick_seconds = [0.0] * len(plan.tasks)
+        self.joins_pending = [0] * len(plan.tasks)
+        self.busy_workers = 0
+        # Visits: by lane, those that nobody was told of, and what they had waited; by worker (the last: users' own),
+        # the start of the one that goes on, else -1, and the time that those before took.
+        self.quick_visits = [0] * len(LANES)
+        self.quick_waits_s = [0.0] * len(LANES)
+        self.visit_since = [-1.0] * (workers + 1)
+        self.busy_s = [0.0] * (workers + 1)
 
     def observe(self, facts: Facts) -> None:
         """Sets who is told; before the first context enters."""

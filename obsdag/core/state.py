@@ -116,9 +116,8 @@ class RunState(Sources):
     def finish_and_begin(self, execution: Execution, now: float) -> Execution | None:  # noqa: C901 - the hot path, written out
         """`finish` with the execution's own context, and `begin` for the same runner, in one call where that is easy.
 
-        None: nothing was begun, ask `begin`. Written out, since it is most of what the engine does: by calls of
-        `_end_execution`, `_complete` and `begin` a step takes twice as long (tests/benchmarks, W1). Where nobody looks
-        at executions, the next one is the same object again.
+        None: nothing was begun, ask `begin`. Written out, as it is most of what the engine does: by calls a step takes twice
+        as long (tests/benchmarks, W1). Where nobody looks at executions, the next one is the same object again.
         """
         context, index = execution.context, execution.index
         step = self.steps[index]
@@ -151,15 +150,10 @@ class RunState(Sources):
                 return None
             if frees:
                 ready = self._free(execution, frees & ~(done | running | ready), now)
-            if not ready:
-                context._executions.remove(execution)  # type: ignore[union-attr]
-                self.active -= 1
-                return None
             low = ready & -ready
             index = low.bit_length() - 1
-            if self.limits[index]:
-                context._executions.remove(execution)  # type: ignore[union-attr]
-                self.active -= 1
+            if not ready or self.limits[index]:
+                self._put_down(execution)
                 return None
             context._ready = ready ^ low
         context._running = running | low
@@ -168,14 +162,9 @@ class RunState(Sources):
             execution.index, execution.task, execution.started = index, self.tasks[index], now
             return execution
         following = self.execution_class()  # `Execution.begun` written out
-        following.context = context
-        following.task = self.tasks[index]
-        following.index = index
-        following.attempt = 1
-        following.started = now
-        following.worker = execution.worker
-        following.lane = context._lane
-        following.ended = 0.0
+        following.context, following.task, following.index = context, self.tasks[index], index
+        following.attempt, following.started, following.ended = 1, now, 0.0
+        following.worker, following.lane = execution.worker, context._lane
         following.abandoned = following.cancelling = following.exempt = following.final = following.watched = False
         following.grant = following.handle = following.outcome = following.retry_at = None
         following.span = following.waits = following.released_by = None
@@ -184,16 +173,16 @@ class RunState(Sources):
             if context._waits is not None or context._more is not None:
                 self._record(following)
         executions: Any = context._executions
-        if len(executions) == 1:
-            executions[0] = following
-        else:
-            executions.remove(execution)
-            executions.append(following)
+        executions[executions.index(execution)] = following
         return following
 
-    def _reach_sink(self, execution: Execution, context: Context, now: float) -> None:
-        context._executions.remove(execution)  # type: ignore[union-attr]
+    def _put_down(self, execution: Execution) -> None:
+        """Nothing follows an execution for its runner."""
+        execution.context._executions.remove(execution)  # type: ignore[union-attr]
         self.active -= 1
+
+    def _reach_sink(self, execution: Execution, context: Context, now: float) -> None:
+        self._put_down(execution)
         self.cause = execution
         self._output(context, now)
         if self._work or self._touched:

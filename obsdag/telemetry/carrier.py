@@ -30,7 +30,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from obsdag.errors import ConfigError
 from obsdag.telemetry.attach import SPAN_KEY
-from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, new_span_id, span_of
+from obsdag.telemetry.executions import span_of
+from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, new_span_id
 
 if TYPE_CHECKING:
     from obsdag.core.records import Execution

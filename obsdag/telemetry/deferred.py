@@ -21,20 +21,10 @@ from opentelemetry.trace import INVALID_SPAN, get_current_span, set_span_in_cont
 from obsdag.core.states import LANES, State
 from obsdag.telemetry.attach import current, make_current
 from obsdag.telemetry.carrier import Caller, without_span
+from obsdag.telemetry.executions import TracedExecution, record_of, span_of
 from obsdag.telemetry.keeping import LOW_BITS, Keeper
 from obsdag.telemetry.materialize import MAX_LINKS, build_run_span, error_text
-from obsdag.telemetry.records import (
-    ContextTrace,
-    ExecutionSpan,
-    Part,
-    RootTrace,
-    TracedExecution,
-    new_span_id,
-    new_trace_id,
-    record_of,
-    span_in,
-    span_of,
-)
+from obsdag.telemetry.records import ContextTrace, ExecutionSpan, Part, RootTrace, new_span_id, new_trace_id, span_in
 from obsdag.telemetry.specs import error_type_of
 
 if TYPE_CHECKING:

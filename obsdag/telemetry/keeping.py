@@ -20,8 +20,9 @@ from opentelemetry.trace import SpanContext
 
 from obsdag.core.observer import Observer
 from obsdag.core.states import STATES
+from obsdag.telemetry.executions import taken
 from obsdag.telemetry.materialize import ErrorTexts
-from obsdag.telemetry.records import RootTrace, new_span_id, new_trace_id, taken
+from obsdag.telemetry.records import RootTrace, new_span_id, new_trace_id
 from obsdag.telemetry.sampling import ratio_bound
 from obsdag.telemetry.specs import clean
 

@@ -24,8 +24,8 @@ from opentelemetry.context import Context as OtelContext
 from opentelemetry.context import attach, detach
 
 from obsdag.core.states import LANES, State
+from obsdag.telemetry.executions import taken
 from obsdag.telemetry.materialize import build_marker, build_spans
-from obsdag.telemetry.records import taken
 from obsdag.telemetry.sampling import KeepBudget, RunningQuantile
 from obsdag.telemetry.selfstats import Kept
 

@@ -25,11 +25,12 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from obsdag.errors import ConfigError
 from obsdag.telemetry.carrier import Caller, RemoteSpan, absorb, capture_caller, inject, remote_span, returning
 from obsdag.telemetry.deferred import DeferredTracer
+from obsdag.telemetry.executions import trace_ids
 from obsdag.telemetry.export import QueueProcessor, bind_counts, count_drops, otlp_exporter, queue_settings
 from obsdag.telemetry.hold import hold
 from obsdag.telemetry.live import LiveTracer
 from obsdag.telemetry.pipeline import Pipeline
-from obsdag.telemetry.records import UNIT_BYTES, trace_ids
+from obsdag.telemetry.records import UNIT_BYTES
 from obsdag.telemetry.sampling import deferred_sampler
 from obsdag.telemetry.selfstats import SelfStats
 

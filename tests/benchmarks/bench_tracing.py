@@ -20,8 +20,8 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from obsdag import DAG, Context, Executor, ExecutorConfig, Observer, Runtime
 from obsdag.core.state import RunState
 from obsdag.telemetry.deferred import DeferredTracer
+from obsdag.telemetry.executions import TracedExecution
 from obsdag.telemetry.materialize import build_spans
-from obsdag.telemetry.records import TracedExecution
 from obsdag.telemetry.tracing import Tracing
 
 ROUNDS, CALLS, CONTEXTS = 300, 1_000, 2_000

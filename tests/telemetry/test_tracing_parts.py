@@ -18,16 +18,8 @@ from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, Tra
 from obsdag import ConfigError
 from obsdag.telemetry.attach import SPAN_KEY
 from obsdag.telemetry.carrier import Caller, capture_caller, inject, remote_span, returning
-from obsdag.telemetry.records import (
-    ExecutionSpan,
-    RootTrace,
-    TracedExecution,
-    new_span_id,
-    new_trace_id,
-    record_of,
-    span_in,
-    taken,
-)
+from obsdag.telemetry.executions import TracedExecution, record_of, taken
+from obsdag.telemetry.records import ExecutionSpan, RootTrace, new_span_id, new_trace_id, span_in
 from obsdag.telemetry.sampling import KeepBudget, RunningQuantile, ratio_bound
 from tests.telemetry.corerun import CoreRun
 
