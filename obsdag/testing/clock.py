@@ -127,7 +127,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         while self._jobs(wanted_only=False):
             if events := wait(self.patience_s):
                 return events
-        if self._strangers() and (events := wait(self.patience_s)):
+        # Who is gone now may have called just before: hence the last look.
+        if events := wait(self.patience_s if self._strangers() else 0):
             return events
         raise HangError(self._hang_story())
 

@@ -224,6 +224,27 @@ def test_a_hang_behind_an_open_socket_is_told_after_the_patience() -> None:
         run_virtual(main(), patience_s=0.05)
 
 
+def test_who_calls_at_the_last_moment_and_is_gone_then_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+
+    def calls_and_goes(loop: VirtualLoop) -> bool:
+        if not called:
+            called.append(True)
+            thread = threading.Thread(target=loop.call_soon_threadsafe, args=(waiting[0].set_result, 1))
+            thread.start()
+            thread.join()
+        return False
+
+    waiting: list[asyncio.Future[int]] = []
+    monkeypatch.setattr(VirtualLoop, "_strangers", calls_and_goes)
+
+    async def main() -> int:
+        waiting.append(asyncio.get_running_loop().create_future())
+        return await waiting[0]
+
+    assert run_virtual(main()) == 1
+
+
 def test_a_rate_limited_run_takes_virtual_time_only() -> None:
     dag, times = DAG(), []
 
