@@ -9,6 +9,7 @@ that one's slack plus the time between this end and the moment at which the depe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from obsdag.core.records import CriticalStep, Execution
@@ -17,17 +18,13 @@ if TYPE_CHECKING:
     from obsdag.context import Context
     from obsdag.plan import Plan
 
-__all__ = ["critical_path"]
+__all__ = ["critical_executions", "critical_path"]
 
 
 def critical_path(plan: Plan, root: Context) -> list[CriticalStep]:
     """Every recorded execution of `root` and its descendants, in order of start, with slack in seconds."""
     executions = list(root._records or ())
-    chain: dict[int, Execution] = {}
-    last = root._maker
-    while last is not None and id(last) not in chain:
-        chain[id(last)] = last
-        last = last.released_by
+    chain = {id(execution): execution for execution in _chain(root)}
     known = {id(execution) for execution in executions}
     executions += [execution for key, execution in chain.items() if key not in known and execution.outcome is not None]
     executions = [execution for execution in executions if _belongs(execution, root)]
@@ -39,6 +36,21 @@ def critical_path(plan: Plan, root: Context) -> list[CriticalStep]:
         for e in sorted(executions, key=lambda each: (each.started, each.ended))
     ]
     return steps
+
+
+def critical_executions(root: Context) -> Iterator[Execution]:
+    """The executions on the critical path of a finished root, the last one first: without slack, for a fraction of
+    the cost.
+    """
+    return (each for each in _chain(root) if each.outcome is not None and _belongs(each, root))
+
+
+def _chain(root: Context) -> Iterator[Execution]:
+    # It ends: an execution is released by one that was there before it.
+    last = root._maker
+    while last is not None:
+        yield last
+        last = last.released_by
 
 
 def _belongs(execution: Execution, root: Context) -> bool:

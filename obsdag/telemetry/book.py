@@ -16,7 +16,7 @@ from obsdag.telemetry.tally import MetricsObserver
 from obsdag.telemetry.totals import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from obsdag.core.state import RunState
     from obsdag.plan import Plan
@@ -105,15 +105,21 @@ class Book:
 
     # --- exemplars
 
-    def keep(self, kept: Kept) -> None:
-        """Remembers a kept trace as the exemplar of the bucket that its value fell into. From any thread."""
-        histogram = _HISTOGRAM_OF[kept.what]
+    def keep(self, kept: Iterable[Kept]) -> None:
+        """Remembers a kept trace as the exemplar of the buckets that its values fell into. From any thread."""
+        with self._lock:
+            for each in kept:
+                self._exemplar_row(each)[self.buckets.place(each.seconds)] = each
+
+    def _exemplar_row(self, kept: Kept) -> ExemplarRow:
         labels: tuple[str, ...] = (kept.label,)
         if kept.what == "task":
             labels = () if self.labels.low else (self.labels.tasks.of(kept.label),)
-        with self._lock:
-            row = self._exemplars.setdefault((histogram, labels), [None] * (len(self.buckets.bounds) + 1))
-            row[self.buckets.place(kept.seconds)] = kept
+        series = _HISTOGRAM_OF[kept.what], labels
+        row = self._exemplars.get(series)
+        if row is None:
+            row = self._exemplars[series] = [None] * (len(self.buckets.bounds) + 1)
+        return row
 
     def exemplars(self, histogram: str, labels: tuple[str, ...]) -> ExemplarRow | None:
         """The exemplars of a series, one or None per bucket."""

@@ -218,7 +218,7 @@ class Engine:
             seen += row[index + 1]
             exemplar = None
             if kept is not None and (found := kept[index]) is not None:
-                trace = {"trace_id": found.trace_id, "span_id": found.span_id}
+                trace = {"trace_id": f"{found.trace_id:032x}", "span_id": f"{found.span_id:016x}"}
                 exemplar = Exemplar(trace, found.seconds, found.unix_s)
             samples.append(Sample(bucket, labels | {"le": bound}, seen, None, exemplar))
         samples.append(Sample(f"{name}_count", labels, seen))

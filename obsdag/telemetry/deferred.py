@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.context import get_current
 from opentelemetry.trace import INVALID_SPAN, get_current_span, set_span_in_context
 
+from obsdag.core.critical import critical_executions
 from obsdag.core.states import LANES, State
 from obsdag.telemetry.attach import current, make_current
 from obsdag.telemetry.carrier import Caller, without_span
@@ -190,8 +191,9 @@ class DeferredTracer(Keeper):
         more = root.rare()
         more.outcome, more.ended, more.ledger = outcome, now, context.ledger
         if root.kept or not plain:
-            steps = self.run.critical_path(context)
-            more.critical = frozenset((step.context_id, step.task, step.started) for step in steps if step.critical)
+            more.critical = frozenset(
+                (each.context._id, each.index, each.started) for each in critical_executions(context)
+            )
 
     def _note_tail(self, executions: list[Execution]) -> None:
         """Executions that still run on an ended context keep its trace open."""

@@ -35,16 +35,29 @@ _log = logging.getLogger("obsdag.tracing")
 
 def encode_request(spans: Sequence[ReadableSpan]) -> bytes:
     """An `ExportTraceServiceRequest` with `spans`, by resource and scope."""
-    groups: dict[Any, dict[Any, list[bytes]]] = {}
+    groups: list[tuple[Resource, list[tuple[InstrumentationScope | None, list[bytes]]]]] = []
+    known: dict[tuple[int, int], list[bytes]] = {}
     for span in spans:
-        scopes = groups.setdefault(span.resource, {})
-        scopes.setdefault(span.instrumentation_scope, []).append(_span(span))
-    return b"".join(_field(0x0A, _resource_spans(resource, scopes)) for resource, scopes in groups.items())
+        # By identity first: the hash of a resource is that of all its attributes as JSON, half of what a span takes.
+        key = id(span.resource), id(span.instrumentation_scope)
+        group = known.get(key)
+        if group is None:
+            group = known[key] = _group(_group(groups, span.resource), span.instrumentation_scope)
+        group.append(_span(span))
+    return b"".join(_field(0x0A, _resource_spans(resource, scopes)) for resource, scopes in groups)
 
 
-def _resource_spans(resource: Resource, scopes: dict[Any, list[bytes]]) -> bytes:
+def _group(groups: list[tuple[Any, list[Any]]], key: Any) -> list[Any]:
+    for known, members in groups:
+        if known == key:
+            return members
+    groups.append((key, []))
+    return groups[-1][1]
+
+
+def _resource_spans(resource: Resource, scopes: list[tuple[InstrumentationScope | None, list[bytes]]]) -> bytes:
     parts = [_field(0x0A, _attributes(0x0A, resource.attributes))]
-    for scope, spans in scopes.items():
+    for scope, spans in scopes:
         body = [_field(0x0A, _scope(scope)), *(_field(0x12, span) for span in spans)]
         body.append(_text(0x1A, scope.schema_url if scope is not None else None))
         parts.append(_field(0x12, b"".join(body)))

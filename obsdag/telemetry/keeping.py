@@ -13,6 +13,7 @@ the pipeline's lock guards what several of them decide.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.context import Context as OtelContext
@@ -43,6 +44,7 @@ __all__ = ["Keeper"]
 BLOCK: Final = 256
 """Buffer places that a run takes at a time."""
 LOW_BITS: Final = (1 << 64) - 1
+_IN_TURN: Final = getattr(sys, "_is_gil_enabled", bool)() or not hasattr(sys, "_is_gil_enabled")
 
 
 class Keeper(Observer):
@@ -85,6 +87,7 @@ class Keeper(Observer):
         self._pipeline = pipeline
         self.lock = pipeline.lock
         self.texts = ErrorTexts(redact)
+        self.of_task: dict[int, tuple[str, dict[str, Any]]] = {}  # tracing's thread's own memory
         self._bound = ratio_bound(sample)
         self._follow = follow_parent
         self._most = max_spans_per_trace
@@ -157,7 +160,10 @@ class Keeper(Observer):
     def _drop(self, root: RootTrace) -> bool:
         """Forgets an undecided trace; False if the hunt for slow ones has kept it a moment ago."""
         more = root.more
-        if more is None and not self._hunts:
+        if more is None and (_IN_TURN or not self._hunts):
+            # No call between these two, so that with the GIL nobody else decides in between.
+            if root.decision is not None:
+                return False
             root.decision = "dropped"
         else:
             with self.lock:

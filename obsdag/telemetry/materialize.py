@@ -107,8 +107,11 @@ def build_spans(
     for record in records:
         if record[0] is None:
             yield _wait_span(tracer, root, record)
-        else:
-            yield from _execution_spans(tracer, root, record)
+            continue
+        details = record[0].details
+        if details is not None and details.dispatch is not None:
+            yield _dispatch_span(tracer, record, details.dispatch)
+        yield _execution_span(tracer, root, record)
     if finished:
         yield from _context_spans(tracer, root)
 
@@ -116,21 +119,22 @@ def build_spans(
 # --- executions
 
 
-def _execution_spans(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> Iterator[ReadableSpan]:
+def _execution_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> ReadableSpan:
     span, index, attempt, started, ended, worker, lane, waits, outcome, error = record
-    task = tracer.plan.tasks[index]
-    attributes = _base(tracer, span.trace)
-    attributes["obsdag.task"] = clean(task.id)
-    attributes["obsdag.attempt"] = attempt
-    attributes["obsdag.execution.outcome"] = outcome
-    attributes["obsdag.lane"] = LANES[lane]
-    attributes["obsdag.worker"] = worker
-    attributes["obsdag.executor"] = task.runs_on
+    name, same_always = _of_task(tracer, index)
+    attributes = {
+        **same_always,
+        "obsdag.context.id": context_id(span.trace.raw_id),
+        "obsdag.attempt": attempt,
+        "obsdag.execution.outcome": outcome,
+        "obsdag.lane": LANES[lane],
+        "obsdag.worker": worker,
+    }
     for state, waited_s in enumerate(waits or ()):
         if waited_s > 0.0:
             attributes[f"obsdag.wait_s.{STATES[state]}"] = waited_s
     more = root.more
-    if more is not None and (attributes["obsdag.context.id"], task.id, started) in more.critical:
+    if more is not None and (span.trace.raw_id, index, started) in more.critical:
         attributes["obsdag.critical"] = True
     if more is not None and more.iteration:
         attributes["obsdag.loop.iteration"] = more.iteration
@@ -139,13 +143,12 @@ def _execution_spans(tracer: DeferredTracer, root: RootTrace, record: tuple[Any,
     details = span.details
     if details is not None:
         status = _user_part(details, attributes, events, links, status)
-        if details.dispatch is not None:
-            yield _dispatch_span(tracer, record, details.dispatch)
-    began = root.part_of(span.trace_id).started
-    yield ReadableSpan(
-        name=f"execute {clean(task.id)}",
+    part = root.part_of(span.trace_id)
+    began = part.started
+    return ReadableSpan(
+        name=name,
         context=SpanContext(span.trace_id, span.id, False, SAMPLED, _state(root, span.trace_id)),
-        parent=_parent_of(root, span, links),
+        parent=_parent_of(root, span, part, links),
         resource=tracer.resource,
         attributes=attributes,
         events=events,
@@ -171,7 +174,23 @@ def _state(root: RootTrace, trace_id: int) -> Any:
     return caller.trace_state_of(trace_id) if caller is not None else None
 
 
-def _parent_of(root: RootTrace, span: ExecutionSpan, links: list[Link]) -> SpanContext | None:
+def _of_task(tracer: DeferredTracer, index: int) -> tuple[str, dict[str, Any]]:
+    """The name and the attributes that all spans of a task have."""
+    found = tracer.of_task.get(index)
+    if found is None:
+        task = tracer.plan.tasks[index]
+        name = clean(task.id)
+        always = {
+            "obsdag.engine": tracer.engine,
+            "obsdag.dag": tracer.dag,
+            "obsdag.task": name,
+            "obsdag.executor": task.runs_on,
+        }
+        found = tracer.of_task[index] = f"execute {name}", always
+    return found
+
+
+def _parent_of(root: RootTrace, span: ExecutionSpan, part: Part, links: list[Link]) -> SpanContext | None:
     """The execution that made the child, if it is in the same trace; else the `context` span of that trace."""
     maker = span.trace.maker
     if maker is not None and maker.trace_id == span.trace_id:
@@ -181,7 +200,7 @@ def _parent_of(root: RootTrace, span: ExecutionSpan, links: list[Link]) -> SpanC
     more = root.more
     if more is not None and more.pull in ("open", "ended"):
         return None  # a pull that gave nothing has no context: its execution is the whole trace
-    return SpanContext(span.trace_id, root.part_of(span.trace_id).span_id, False, SAMPLED)
+    return part.context
 
 
 def _links_of(

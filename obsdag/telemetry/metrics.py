@@ -10,7 +10,7 @@ The way of a number: fact -> `MetricsObserver` (tally: plain lists per run) -> `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from obsdag.errors import ConfigError
@@ -78,8 +78,9 @@ class Metrics:
         """The observer that counts for `run`, from now until its `run_finished` is told."""
         return self._engine.book(run.plan.name).attach(run)
 
-    def _keep(self, kept: Kept) -> None:
-        self._engine.book(kept.dag).keep(kept)
+    def _keep(self, kept: Sequence[Kept]) -> None:
+        if kept:
+            self._engine.book(kept[0].dag).keep(kept)
 
 
 def _default_registry() -> CollectorRegistry:

@@ -325,17 +325,16 @@ class Pipeline:
             if record[0] is None:
                 continue
             span, index, _, started, ended, _, lane, waits, _, _ = record
-            ids = (f"{span.trace_id:032x}", f"{span.id:016x}", tracer.epoch + ended)
+            ids = (span.trace_id, span.id, tracer.epoch + ended)
             told.append(Kept("task", tracer.dag, tracer.plan.tasks[index].id, ended - started, *ids))
             if waits is not None and waits[State.QUEUED] > 0.0:
                 told.append(Kept("queue", tracer.dag, LANES[lane], waits[State.QUEUED], *ids))
         if finished and root.more is not None and root.more.outcome:
             more = root.more
-            ids = (f"{root.first.trace_id:032x}", f"{root.first.span_id:016x}", tracer.epoch + more.ended)
+            ids = (root.first.trace_id, root.first.span_id, tracer.epoch + more.ended)
             told.append(Kept("root", tracer.dag, more.outcome, more.ended - root.entered, *ids))
         for listener in listeners:
-            for kept in told:
-                listener(kept)
+            listener(told)
 
 
 class _Flush:

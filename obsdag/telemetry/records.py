@@ -124,49 +124,40 @@ class Details:
 class Part:
     """A trace that a root's spans are in; further ones when `max_spans_per_trace` is reached (`continuation`)."""
 
-    __slots__ = ("span_id", "started", "trace_id")
+    __slots__ = ("context", "span_id", "started", "trace_id")
 
     def __init__(self, trace_id: int, span_id: int, started: float) -> None:
         self.trace_id = trace_id
         self.span_id = span_id
         self.started = started
+        self.context = SpanContext(trace_id, span_id, False, SAMPLED)
 
 
 class RootMore:
     """The rare parts of a root's record, made when first needed.
 
     caller: who submitted it. base: the OpenTelemetry context (baggage) its executions run in. links: (type, trace id,
-    span id) of its context span. parts: all its traces, in order, None while there is one. pull: for one pull of a
-    loop: "open" until it has given an item, "adopted" by that, or "ended" without one; "" for others. iteration:
-    which pull it is, from 1. outcome ... critical: how its context ended, noted only where it is exported. error:
-    exception type and text of what failed it. tail: executions that still run after their context ended. joins:
-    (ContextTrace of the parent, join) -> arrived spans, number. held: users' spans waiting for the decision;
-    user_spans: ids known to a holder -> whether it ended. over: a reason to keep it was over its budget. units:
-    buffer places beside its records. latest: tracing's thread's own memory.
+    span id) of its context span. parts: all its traces, in order, None while there is one, which `part` then
+    remembers. pull: for one pull of a loop: "open" until it has given an item, "adopted" by that, or "ended" without
+    one; "" for others. iteration: which pull it is, from 1. outcome ... critical: how its context ended, noted only
+    where it is exported; critical: (raw id, task index, start) of executions. error: exception type and text of what
+    failed it. tail: executions that still run after their context ended. joins: (ContextTrace of the parent, join) ->
+    arrived spans, number. held: users' spans waiting for the decision; user_spans: ids known to a holder -> whether it
+    ended. over: a reason to keep it was over its budget. units: buffer places beside its records. latest: tracing's
+    thread's own memory.
     """
 
     __slots__ = (
-        *(
-            "base",
-            "caller",
-            "closed",
-            "critical",
-            "dropped",
-            "ended",
-            "error",
-            "finished",
-            "held",
-            "iteration",
-            "joins",
-        ),
-        *("latest", "ledger", "links", "marked", "outcome", "over", "parent_id", "parts", "pull", "scheduled", "stall"),
-        *("tail", "units", "user_spans"),
+        *("base", "caller", "closed", "critical", "dropped", "ended", "error", "finished", "held", "iteration"),
+        *("joins", "latest", "ledger", "links", "marked", "outcome", "over", "parent_id", "part", "parts", "pull"),
+        *("scheduled", "stall", "tail", "units", "user_spans"),
     )
 
     def __init__(self) -> None:
         self.caller: Caller | None = None
         self.base: OtelContext | None = None
         self.links: list[tuple[str, int, int]] = []
+        self.part: Part | None = None
         self.parts: list[Part] | None = None
         self.parent_id = ""
         self.iteration = 0
@@ -176,7 +167,7 @@ class RootMore:
         self.ledger: dict[str, float] = {}
         self.error: tuple[str, str] | None = None
         self.stall: tuple[str, tuple[str, ...]] | None = None
-        self.critical: frozenset[tuple[str, str, float]] = frozenset()
+        self.critical: frozenset[tuple[str | int, int, float]] = frozenset()
         self.tail: set[ExecutionSpan] = set()
         self.joins: dict[int, dict[int, tuple[list[ExecutionSpan], list[int]]]] = {}
         self.held: list[tuple[Callable[[Any], None], Any]] = []
@@ -283,9 +274,13 @@ class RootTrace(ContextTrace):
     def first(self) -> Part:
         """Where its trace began; the ratio goes by that one's id."""
         more = self.more
-        if more is None or more.parts is None:
+        if more is None:
             return Part(self.trace_id, self.span_id, self.entered)
-        return more.parts[0]
+        if more.parts is not None:
+            return more.parts[0]
+        if more.part is None:
+            more.part = Part(self.trace_id, self.span_id, self.entered)
+        return more.part
 
     @property
     def kept(self) -> bool:

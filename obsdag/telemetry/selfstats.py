@@ -6,7 +6,7 @@ One `SelfStats` per `Telemetry`. Rare things only come here, so a lock is cheap 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 __all__ = ["ALL_DAGS", "DROP_REASONS", "SIGNALS", "TRACE_DECISIONS", "Kept", "SelfStats", "StatsPart"]
@@ -24,15 +24,15 @@ class Kept(NamedTuple):
     """Something of a trace that is exported, for an exemplar that leads there.
 
     what: "root" (label: the outcome), "task" (label: the task) or "queue" (label: the lane). seconds: what the
-    histogram of that name saw. trace_id, span_id: hex. unix_s: when it ended.
+    histogram of that name saw. unix_s: when it ended.
     """
 
     what: str
     dag: str
     label: str
     seconds: float
-    trace_id: str
-    span_id: str
+    trace_id: int
+    span_id: int
     unix_s: float
 
 
@@ -78,8 +78,8 @@ class SelfStats:
     """Counters by (signal, reason) and seconds by signal, zero from the start; safe to change and read from any thread.
 
     dropped, seconds, traces (roots by why their trace was kept or not): over all DAGs. parts: the same by DAG, and
-    under `_all` what was counted without one; the parts add up to the totals. on_kept: told of what tracing exports,
-    on its own thread. gauges: what can only be asked for when somebody reads: name -> function, such as
+    under `_all` what was counted without one; the parts add up to the totals. on_kept: told of what tracing exports of
+    a root, on its own thread. gauges: what can only be asked for when somebody reads: name -> function, such as
     "spans_buffered".
     """
 
@@ -90,7 +90,7 @@ class SelfStats:
         self._total = StatsPart(self._lock)
         self.parts: dict[str, StatsPart] = {ALL_DAGS: StatsPart(self._lock)}
         self.gauges: dict[str, Callable[[], float]] = {}
-        self.on_kept: list[Callable[[Kept], None]] = []
+        self.on_kept: list[Callable[[Sequence[Kept]], None]] = []
 
     @property
     def dropped(self) -> dict[tuple[str, str], int]:

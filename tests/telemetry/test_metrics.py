@@ -40,7 +40,7 @@ def _no_observer_is_detached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def kept(what: str = "task", label: str = "load", seconds: float = 0.02, trace: int = 7, dag: str = "etl") -> Kept:
-    return Kept(what, dag, label, seconds, f"{trace:032x}", f"{trace:016x}", 1_700_000_001.5)
+    return Kept(what, dag, label, seconds, trace, trace, 1_700_000_001.5)
 
 
 # --- the catalogue and nothing else
@@ -342,14 +342,9 @@ def test_a_label_that_is_no_text_does_not_break_the_scrape() -> None:
 def test_a_kept_trace_is_the_exemplar_of_its_bucket_in_openmetrics_only() -> None:
     reports = Reports()
     observed(reports).drive(took_s=0.02)
-    for told in (
-        kept(trace=1),
-        kept(trace=2, seconds=0.025),
-        kept("root", "output", 4.0, 3),
-        kept("queue", "new", 0, 4),
-    ):
-        for tell in reports.metrics.stats.on_kept:
-            tell(told)
+    for tell in reports.metrics.stats.on_kept:
+        tell([kept(trace=1), kept(trace=2, seconds=0.025), kept("root", "output", 4.0, 3), kept("queue", "new", 0, 4)])
+        tell([])
 
     samples = [s for s in reports.scrape().samples if s.exemplar]
 
@@ -370,7 +365,7 @@ def test_exemplars_follow_the_labels_that_are_left(options: dict[str, Any], labe
     reports = Reports(**options)
     observed(reports, "load", "store").drive(took_s=0.02)
     for tell in reports.metrics.stats.on_kept:
-        tell(kept(label="store"))
+        tell([kept(label="store")])
 
     exemplars = [s for s in reports.scrape().samples if s.exemplar]
 

@@ -479,7 +479,7 @@ async def test_metrics_are_told_of_kept_traces_only() -> None:
     told: list[Kept] = []
     kept = Collected()
     telemetry = telemetry_of(Tracing([kept], sample=0.0))
-    telemetry.stats.on_kept.append(told.append)
+    telemetry.stats.on_kept.append(told.extend)
 
     async def ask(ctx: Context) -> Context:
         if ctx["n"] == 1:
@@ -491,7 +491,7 @@ async def test_metrics_are_told_of_kept_traces_only() -> None:
     assert {(each.what, each.label) for each in told} >= {("task", "step"), ("root", "output")}
     root = next(each for each in told if each.what == "root")
     context = kept.one("context dag")
-    assert (root.trace_id, root.span_id) == (context.trace_id, context.span_id)
+    assert (f"{root.trace_id:032x}", f"{root.span_id:016x}") == (context.trace_id, context.span_id)
     assert root.seconds == pytest.approx((context.end_ns - context.start_ns) / 1e9, abs=1e-6)
     assert abs(root.unix_s - time.time()) < 60
 
