@@ -147,6 +147,19 @@ class Observer:
     def cleanup_failed(self, what: str, error: BaseException) -> None:
         """A shutdown hook, or the closing of a resource or generator, raised at the end of a run (T10)."""
 
+    # --- the journal
+    def journal_committed(self, rows: int, took_s: float, depth: int) -> None:
+        """A group of `rows` contexts is in the journal, `took_s` after the commit began; `depth` rows still wait."""
+
+    def journal_recovered(self, contexts: int, replayed: int, dead_letters: int) -> None:
+        """A run took up contexts of an earlier process; `replayed` executions of them were ready, or ran, when it died.
+
+        dead_letters: contexts that were running too often when a process died, and fail.
+        """
+
+    def journal_failed(self, error: BaseException) -> None:
+        """Nothing more can be committed; the run ends."""
+
     # --- the event loop, told by the watchdog
     def loop_lagged(self, lag_s: float) -> None:
         """The event loop ran a callback `lag_s` later than asked."""

@@ -399,6 +399,22 @@ _ENGINE = Board(
             ),
         ),
         Row(
+            "Journal",
+            (
+                panel("Commits, by time", heat("obsdag_journal_commit_seconds"), kind="heatmap", width=6),
+                panel("Rows committed", speed("obsdag_journal_rows_total", legend="rows"), width=6),
+                panel("Rows that wait", now("obsdag_journal_inbox_rows", legend="rows"), width=6, warn_at=8192),
+                panel(
+                    "After a crash",
+                    speed("obsdag_journal_recovered_total", legend="taken up"),
+                    speed("obsdag_journal_replayed_total", legend="run again"),
+                    speed("obsdag_journal_dead_letters_total", legend="set aside"),
+                    width=6,
+                    text=described("obsdag_journal_recovered_total", "obsdag_journal_dead_letters_total"),
+                ),
+            ),
+        ),
+        Row(
             "Telemetry",
             (
                 panel("Lost", speed("obsdag_telemetry_dropped_total", "signal, reason"), width=6),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from obsdag.core.base import _DISCARDED
-from obsdag.core.observer import Observer
+from obsdag.core.observer import Facts, Observer
 from obsdag.core.restoring import Saved, restore
 from obsdag.errors import EncodingError, JournalError
 from obsdag.journal.codec import Body, Failed, Rare, pack_mask
@@ -50,12 +50,12 @@ class Entry:
     """What the journal knows of one context: its key and what cannot be read from the context itself.
 
     data: encoded when one of its executions finished last. crashes, started, suspect: see `Body`; a suspect was
-    recovered and has made no progress since. problem: why its data cannot be encoded.
+    recovered and has made no progress since. over: its outcome is written down. problem: why its data has no form.
     """
 
     __slots__ = (
         *("crashes", "data", "due", "entered", "failed", "journal", "key", "kind"),
-        *("problem", "started", "suspect", "tree"),
+        *("over", "problem", "started", "suspect", "tree"),
     )
 
     def __init__(self, journal: str, key: int, tree: int, kind: str, entered: float) -> None:
@@ -69,7 +69,7 @@ class Entry:
         self.problem: EncodingError | None = None
         self.due: float | None = None
         self.crashes = 0
-        self.started = self.suspect = False
+        self.started = self.suspect = self.over = False
 
     @property
     def idempotency_key(self) -> str:
@@ -93,7 +93,7 @@ class Recorder(Observer):
         self._asked = False
         self._sent = self._committed = 0
         self._units: deque[tuple[int, int]] = deque()  # (the writer's number, ours)
-        self._held: deque[tuple[int, Callable[[], None]]] = deque()
+        self._held: deque[tuple[int, Callable[..., None], OutputContext | None]] = deque()
         self._idle: asyncio.Future[None] | None = None
         self._trials: deque[list[Saved]] = deque()
         self._tried: list[Context] = []
@@ -137,6 +137,11 @@ class Recorder(Observer):
             shell.run.fail_context(context, error, None, now)
             self.journal.dead_letters += 1
         shell.run._settle_all(now)
+        replayed = sum(getattr(context, "_ready", 0).bit_count() for context in recovery.living)
+        self.journal.replayed += replayed
+        facts = shell.run.facts
+        if recovery.living and facts.journal_recovered is not None:
+            facts.journal_recovered(len(recovery.living), replayed, len(recovery.culprits))
         self._next_trial()
 
     def _next_trial(self) -> None:
@@ -168,6 +173,10 @@ class Recorder(Observer):
             self.journal.recorders.remove(self)
             self._writer.leave(self)
 
+    @property
+    def _facts(self) -> Facts | None:
+        return None if self._shell is None else self._shell.run.facts
+
     # --- what others wait for
 
     def settled(self) -> bool:
@@ -181,7 +190,7 @@ class Recorder(Observer):
         """Calls back when all that has happened until now is committed, in order; or when the journal has failed."""
         wanted = self._sent + (1 if self._touched else 0)
         if self.error is None and (self._held or self._committed < wanted):
-            self._held.append((wanted, callback))
+            self._held.append((wanted, callback, None))
         else:
             callback()
 
@@ -199,41 +208,53 @@ class Recorder(Observer):
             raise self.error
 
     def _hold_output(self, emit: Callable[[OutputContext], None], output: OutputContext) -> None:
-        def give() -> None:
-            if self.error is None:
-                emit(output)
-
-        self.after_commit(give)
+        wanted = self._sent + (1 if self._touched else 0)
+        if self.error is not None:
+            return
+        if self._held or self._committed < wanted:
+            self._held.append((wanted, emit, output))
+        else:
+            emit(output)
 
     def _release_held(self) -> None:
         while self._held and (self._held[0][0] <= self._committed or self.error is not None):
-            self._held.popleft()[1]()
+            _, call, output = self._held.popleft()
+            if output is None:
+                call()
+            elif self.error is None:
+                call(output)
 
     # --- told by the writer, on its thread
 
-    def committed(self, number: int) -> None:
+    def committed(self, number: int, rows: int, took_s: float) -> None:
         """Units up to `number` are in the file."""
-        self._carry(self._on_committed, number)
+        self._carry(self._on_committed, number, rows, took_s)
 
     def failed(self, error: JournalError) -> None:
         """The journal has failed for good."""
         self._carry(self._on_failed, error)
 
-    def _carry(self, function: Callable[[Any], None], argument: Any) -> None:
+    def _carry(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._loop.call_soon_threadsafe(function, argument)
+            self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:
             return  # the loop is closed: nobody waits any more
 
-    def _on_committed(self, number: int) -> None:
+    def _on_committed(self, number: int, rows: int, took_s: float) -> None:
+        before = self._committed
         while self._units and self._units[0][0] <= number:
             self._committed = self._units.popleft()[1]
+        tell = None if self._facts is None or self._committed == before else self._facts.journal_committed
+        if tell is not None:  # a group may hold units of several runs; each that has some tells of it
+            tell(rows, took_s, self._writer.depth)
         self._release_held()
         self._pace()
         self._next_trial()
         self._notify()
 
     def _on_failed(self, error: JournalError) -> None:
+        if self.error is None and self._facts is not None and self._facts.journal_failed is not None:
+            self._facts.journal_failed(error)
         self.error = error
         self._suspended = True
         if self._shell is not None:
@@ -335,7 +356,7 @@ class Recorder(Observer):
             entry.problem = error
 
     def _touch(self, context: Context) -> None:
-        if self._suspended:
+        if self._suspended or context._entry.over:
             return
         self._touched[context] = None
         if not self._asked:
@@ -383,14 +404,17 @@ class Recorder(Observer):
             outcome = more.pending_end
         ended = None
         if outcome is not None:
-            ended = time.time()
+            ended, entry.over = time.time(), True
             self.keys.discard(entry.key)
         above = None if context._parent is None else getattr(context._parent, "_entry", None)
         body = _encode(self._body(context, entry, more))
         lend = None if more is None or more.lend is None else more.lend.index
         parent = None if above is None else above.key
         head = (entry.key, context.id, self._number, parent, entry.tree, lend, outcome, ended, body)
-        return Row(*head, entry.data, checksum(head, entry.data))
+        data = entry.data
+        if entry.over:
+            entry.data = None  # nobody writes it down again
+        return tuple.__new__(Row, (*head, data, checksum(head, data)))
 
     def _body(self, context: Context, entry: Entry, more: More | None) -> Body:
         done = self.plan.bit[self.plan.source] if context._run is None else context._done

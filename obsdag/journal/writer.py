@@ -34,8 +34,8 @@ _PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 class Listener(Protocol):
     """Who is told, from the writer's thread, what became of units."""
 
-    def committed(self, number: int) -> None:
-        """Every unit up to `number` is in the file."""
+    def committed(self, number: int, rows: int, took_s: float) -> None:
+        """Every unit up to `number` is in the file, the latest by a commit of so many rows and seconds."""
 
     def failed(self, error: JournalError) -> None:
         """Nothing more will be committed."""
@@ -66,7 +66,6 @@ class Writer:
         self.store = store
         self.stats = WriterStats()
         self.error: JournalError | None = None
-        self.on_group: Callable[[int, float], None] | None = None
         self.depth = 0
         self._group_rows, self._group_s, self._inbox_rows = group_rows, group_s, inbox_rows
         self._inbox: deque[tuple[int, dict[int, Row]]] = deque()
@@ -220,10 +219,8 @@ class Writer:
         stats.written += len(rows)
         stats.commit_s += took
         stats.longest_s = max(stats.longest_s, took)
-        if self.on_group is not None:
-            self.on_group(len(rows), took)
         for listener in list(self._listeners):
-            listener.committed(last)
+            listener.committed(last, len(rows), took)
 
     def _try_commit(self, rows: list[Row]) -> JournalError | None:
         """Commits, again after a pause if it fails; what it failed of for good."""

@@ -299,6 +299,20 @@ EVENTS: Final = (
         throttled=True,
     ),
     EventSpec(
+        "journal.recovered",
+        "info",
+        "a run took up contexts of an earlier process; replayed: executions that may run twice",
+        ("contexts", "replayed", "dead_letters"),
+        "journal_recovered",
+    ),
+    EventSpec(
+        "journal.failed",
+        "error",
+        "nothing more can be committed to the journal: the run ends, and what was committed is safe",
+        ("error_type", "error"),
+        "journal_failed",
+    ),
+    EventSpec(
         "execution.failed",
         "error",
         "a context failed for good, with exception",

@@ -223,6 +223,12 @@ class _Warnings(Observer):
     def task_restarted(self, task: Task, kind: str, error: BaseException | None) -> None:
         self._write("service.restarted", task=task.id, kind=kind, error=error)
 
+    def journal_recovered(self, contexts: int, replayed: int, dead_letters: int) -> None:
+        self._write("journal.recovered", contexts=contexts, replayed=replayed, dead_letters=dead_letters)
+
+    def journal_failed(self, error: BaseException) -> None:
+        self._write("journal.failed", error=error)
+
     def loop_blocked(self, execution: Execution | None, blocked_s: float, stack: str) -> None:
         self._write("event_loop.blocked", execution=execution, blocked_s=blocked_s, line=stack)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from obsdag.core.states import ENTRY_KINDS, EXECUTION_OUTCOMES, GC_REASONS, LANES, OUTCOMES, STATES
+from obsdag.telemetry.journal_specs import JOURNAL_METRICS
 from obsdag.telemetry.specs import (
     DROP_REASONS,
     OTHER,
@@ -451,4 +452,5 @@ METRICS: Final = (
         bad="`over_budget`: an outage; kept traces are a sample of it.",
         scope="both",
     ),
+    *JOURNAL_METRICS,
 )

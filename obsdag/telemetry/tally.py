@@ -19,9 +19,9 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from obsdag.core.observer import Observer
 from obsdag.core.states import ENTRY_KINDS, EXECUTION_OUTCOMES, GC_REASONS, LANES, OUTCOMES, STATES, State
 from obsdag.telemetry.histogram import Buckets, Row
+from obsdag.telemetry.journal_tally import JournalTally
 from obsdag.telemetry.specs import (
     NO_TASK,
     OTHER,
@@ -34,6 +34,7 @@ from obsdag.telemetry.specs import (
 
 if TYPE_CHECKING:
     from obsdag.context import Context
+    from obsdag.core.observer import Observer
     from obsdag.core.records import Execution, Failure, Stall
     from obsdag.core.state import RunState
     from obsdag.plan import Plan
@@ -95,13 +96,14 @@ def _restarts_as(task: Task) -> str:
     return "stream" if task.shape == "stream" else ""
 
 
-class MetricsObserver(Observer):
+class MetricsObserver(JournalTally):
     """Counts the facts of one run at a time. Its cost per fact is measured by timing a sample of them."""
 
     needs_records: ClassVar[bool] = True  # type: ignore[misc]
     signal: ClassVar[str] = "metrics"
 
     def __init__(self, plan: Plan, labels: Labels, buckets: Buckets, book: Book) -> None:
+        super().__init__(buckets)
         slots = TaskSlots(plan, labels)
         count = len(slots.labels)
         self.key = plan.fingerprint
@@ -452,6 +454,7 @@ class MetricsObserver(Observer):
             totals.add_row("obsdag_root_seconds", (outcome,), self._root_rows[outcome])
             totals.add_row("obsdag_submit_seconds", (outcome,), self._submit_rows[outcome])
         totals.add_row("obsdag_event_loop_lag_seconds", (), self._lag_row)
+        self.add_journal(totals)
 
     def _add_plain(self, totals: Totals) -> None:
         for state, seconds in zip(STATES, self._ledger_s, strict=True):

@@ -8,9 +8,12 @@ counts when its effect is committed: a run returns after its last commit. Figure
 compare.
 
     chain     10 tasks after each other, 16 workers: what one turn of the event loop brought on is one row per context
-    waits     the same, each task suspends once: nothing is brought on twice in a turn
+    one       one task, 16 workers: a context's whole life is one row
+    waits     the chain, each task suspends once: nothing is brought on twice in a turn
     none      chain without a journal
-    submit    acknowledged submits of 1 task at half of the rate of `one`, open loop: p50 and p99 of the wait
+    commit    the bare loop with one row per commit: what an acknowledgment cannot be faster than
+    submit    acknowledged submits of one task at a fixed rate, whatever becomes of those before: p50 and p99 of the
+    wait
 """
 
 from __future__ import annotations
@@ -49,10 +52,16 @@ def dag_of(length: int, suspends: bool) -> DAG:
     return dag
 
 
-def bare(folder: Path) -> float:
-    """Rows per second of a loop of `executemany` with a commit per 256 rows."""
-    path = folder / "bare.db"
-    path.unlink(missing_ok=True)
+def fresh(path: Path) -> Path:
+    """The path, with nothing there."""
+    for suffix in ("", "-wal"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    return path
+
+
+def bare(folder: Path, single: list[float]) -> float:
+    """Rows per second of a loop of `executemany` with a commit per 256 rows; then the ms of single ones."""
+    path = fresh(folder / "bare.db")
     connection = sqlite3.connect(path, isolation_level=None)
     for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")
@@ -67,15 +76,12 @@ def bare(folder: Path) -> float:
         connection.execute("COMMIT")
         count += 256
     rate = count / (perf_counter() - began)
+    for _ in range(60):
+        began = perf_counter()
+        connection.execute(statement, (count, "c", 1, None, 1, None, None, None, b"b" * 24, b"d" * 70, 7))
+        single.append((perf_counter() - began) * 1e3)
     connection.close()
     return rate
-
-
-def fresh(path: Path) -> Path:
-    """`path`, with no journal there."""
-    for suffix in ("", "-wal"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
-    return path
 
 
 async def run(folder: Path, length: int, suspends: bool, journal: bool = True) -> float:
@@ -130,15 +136,17 @@ async def main(rounds: int, folder: Path) -> None:
         "none": lambda: run(folder, 10, False, journal=False),
     }
     figures: dict[str, list[float]] = {"bare": [], **{name: [] for name in cases}}
+    single: list[float] = []
     for _ in range(rounds):
-        figures["bare"].append(await asyncio.to_thread(bare, folder))
+        figures["bare"].append(await asyncio.to_thread(bare, folder, single))
         for name, case in cases.items():
             figures[name].append(await case())
+    steps = quantiles(single, n=100)
     base = median(figures["bare"])
     for name, found in figures.items():
         print(f"{name:8} {median(found):12,.0f} /s   {median(found) / base:6.2f} of bare")
-    for share in (0.5, 0.1):
-        rate = median(figures["one"]) * share
+    print(f"commit   of one row: p50 {steps[49]:.1f} ms, p99 {steps[98]:.1f} ms")
+    for rate in (500.0, 2_000.0, 5_000.0):
         p50, p99 = await submits(folder, rate)
         print(f"submit   at {rate:,.0f}/s: p50 {p50:.1f} ms, p99 {p99:.1f} ms")
 

@@ -453,3 +453,54 @@ def test_the_plan_is_in_the_file_to_be_read(tmp_path: Path) -> None:
     store.close()
     assert dag == "plus"
     assert [name for name, *_ in json.loads(tasks)][1:-1] == ["first", "second"]
+
+
+def test_what_is_only_kept_readable_has_its_outcome_once(tmp_path: Path) -> None:
+    dag = DAG("kept readable")
+
+    @dag.task(may_drop=True)
+    async def drop(ctx: Context) -> Context | None:
+        return None if ctx["n"] else ctx
+
+    @dag.task(after=drop)
+    async def slow(ctx: Context) -> Context:
+        await asyncio.sleep(5)
+        return ctx
+
+    async def main() -> None:
+        config = ExecutorConfig(
+            journal=inline(tmp_path / "j.db"), enable_context_gc=False, context_worker_num=2, debug=True
+        )
+        run = asyncio.ensure_future(Executor(dag, config=config).run([{"n": 0}, {"n": 1}]))
+        await asyncio.sleep(1)
+        assert [outcome for outcome, _ in rows_of_living(config)] == [None, "dropped"]
+        await run
+
+    def rows_of_living(config: ExecutorConfig) -> list[tuple[str | None, int]]:
+        assert config.journal is not None
+        return [(row.outcome, row.key) for row in config.journal.writer.store.rows()]
+
+    run_virtual(main())
+    assert [(outcome, data["n"]) for outcome, data in rows(tmp_path / "j.db")] == [("output", 0), ("dropped", 1)]
+
+
+def test_metrics_tell_of_commits_and_of_what_was_taken_up(tmp_path: Path) -> None:
+    from prometheus_client import CollectorRegistry
+
+    from obsdag import Telemetry
+
+    interrupted(tmp_path / "j.db", plus(), 1.5)
+    registry = CollectorRegistry()
+    telemetry = Telemetry(engine="e", registry=registry)
+    config = ExecutorConfig(journal=inline(tmp_path / "j.db"), telemetry=telemetry)
+    run_virtual(Executor(plus(), config=config).recover())
+
+    def value(name: str) -> float | None:
+        return registry.get_sample_value(name, {"engine": "e", "dag": "plus"})
+
+    assert value("obsdag_journal_recovered_total") == 2
+    assert value("obsdag_journal_replayed_total") == 2
+    assert value("obsdag_journal_dead_letters_total") == 0
+    assert value("obsdag_journal_inbox_rows") == 0
+    assert (value("obsdag_journal_rows_total") or 0) >= 2
+    assert (value("obsdag_journal_commit_seconds_count") or 0) >= 1

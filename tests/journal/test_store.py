@@ -253,7 +253,7 @@ class Listening:
         self.errors: list[JournalError] = []
         self.told = threading.Event()
 
-    def committed(self, number: int) -> None:
+    def committed(self, number: int, rows: int, took_s: float) -> None:
         self.numbers.append(number)
         self.told.set()
 

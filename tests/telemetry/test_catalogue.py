@@ -63,6 +63,12 @@ PROMISED = [
     "obsdag_collect_seconds",
     "obsdag_collect_errors_total",
     "obsdag_traces_total",
+    "obsdag_journal_commit_seconds",
+    "obsdag_journal_rows_total",
+    "obsdag_journal_inbox_rows",
+    "obsdag_journal_recovered_total",
+    "obsdag_journal_replayed_total",
+    "obsdag_journal_dead_letters_total",
 ]
 """The public names, written a second time on purpose: a change of one breaks dashboards and must be meant."""
 
