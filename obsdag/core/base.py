@@ -125,6 +125,7 @@ class RunBase:
         self.below = [tuple((plan.bit[i], plan.up[i]) for i in below) for below in plan.down_list]
         self.entry_done, self.entry_ready = plan.bit[plan.source], plan.down[plan.source]
         self.sink_bit = plan.bit[plan.sink]
+        self.not_plain = self.sink_bit | plan.joins  # what is no task to be run when it is ready
         self.steps = [self._step(index) for index in range(len(plan.tasks))]
 
     # --- set-up

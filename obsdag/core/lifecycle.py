@@ -51,7 +51,11 @@ class Lifecycle(RunBase):
         self._enter(context, "input", self.entry_done, self.entry_ready, now)
         if context._place != VISITED:
             return False
-        self._begin_visit(context, worker, NEW, 0.0, now)
+        self.visit_since[worker] = now  # as in `_begin_visit`
+        if self.facts.quick_wait_s > 0.0:
+            self.quick_visits[NEW] += 1
+        else:
+            self._begin_visit(context, worker, NEW, 0.0, now)
         return True
 
     def _check_new(self, context: Context) -> None:
@@ -135,7 +139,10 @@ class Lifecycle(RunBase):
             self.facts.context_entered(context, kind, context._maker, now)
         if visited:
             context._lane = NEW
-            self._offer(context, ready, now)
+            if ready & self.not_plain:
+                self._offer(context, ready, now)
+            else:
+                context._ready = ready
         else:
             self._enter_queue(context, ready, now)
 

@@ -45,6 +45,8 @@ class Observer:
     `execution.watched`, nor `visit_started` of shorter waits (`run.quick_visits`, `run.quick_waits_s`). These are
     most of all, and a call each; all are told if any observer wants all.
     execution_class: what the run makes executions of, where an observer needs room for something of its own.
+    guarded: facts whose methods catch what they raise and hand it to `Facts.detach` (raising it again if that says
+    no), so that an only listener can be called directly: a guard around the call costs as much as the call.
     """
 
     needs_records: bool = False
@@ -52,6 +54,7 @@ class Observer:
     min_stay_s: float = 0.0
     quick_s: float = 0.0
     execution_class: type[Execution] | None = None
+    guarded: frozenset[str] = frozenset()
 
     # --- runs
     def run_started(self, run: RunState, now: float) -> None:
@@ -223,8 +226,7 @@ class Facts:
         own = [kind for each in self._observers if (kind := getattr(each, "execution_class", None)) is not None]
         self.execution_class: type[Execution] = own[0] if own else Execution
         for fact in FACTS:
-            listeners = [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
-            setattr(self, fact, self._compile(fact, listeners))
+            setattr(self, fact, self._compile(fact, self._listeners(fact)))
 
     def _least(self, limit: str, fact: str) -> float:
         """The least of those that the fact's listeners set, infinite if nobody listens."""
@@ -239,11 +241,24 @@ class Facts:
         if not listeners:
             return None
         calls = tuple(listeners)
+        if len(calls) == 1 and fact in getattr(calls[0], "__self__", Observer).guarded:
+            return calls[0]
 
         def failed(index: int, error: Exception) -> None:
             self._detach(fact, listeners, calls[index], error)
 
         return _teller(fact, len(calls))(failed, calls)
+
+    def detach(self, observer: Observer, fact: str, error: Exception) -> bool:
+        """Detaches an observer that raised although it is called directly (`guarded`); False if it is not."""
+        own = getattr(observer, fact)
+        direct: bool = getattr(self, fact) == own
+        if direct:
+            self._detach(fact, [own], own, error)
+        return direct
+
+    def _listeners(self, fact: str) -> list[Callable[..., None]]:
+        return [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
 
     def _detach(self, fact: str, listeners: list[Callable[..., None]], call: Any, error: Exception) -> None:
         if call not in listeners:

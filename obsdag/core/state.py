@@ -146,8 +146,11 @@ class RunState(Sources):
             if frees & self.sink_bit:
                 self._reach_sink(execution, context, now)
                 return None
-            if frees:
+            if frees and ready and self.recording:
                 ready = self._free(execution, frees & ~(done | running | ready), now)
+            elif frees:
+                ready |= frees & ~(done | running)
+                context._maker = execution
             low = ready & -ready
             index = low.bit_length() - 1
             if not ready or self.limits[index]:
@@ -171,7 +174,7 @@ class RunState(Sources):
             if context._waits is not None or context._more is not None:
                 self._record(following)
         executions: Any = context._executions
-        executions[executions.index(execution)] = following
+        executions[0 if executions[0] is execution else executions.index(execution)] = following
         return following
 
     def _put_down(self, execution: Execution) -> None:
@@ -187,15 +190,10 @@ class RunState(Sources):
             self._settle_all(now)
 
     def _free(self, execution: Execution, frees: int, now: float) -> int:
-        """Makes plain tasks ready that waited for this execution; returns all that are."""
-        context = execution.context
-        if self.recording and context._ready:
-            self.cause = execution
-            self._release(context, frees, now)
-        else:
-            context._maker = execution
-            context._ready |= frees
-        return context._ready
+        """Makes plain tasks ready beside others, and notes which execution each of them waited for; returns all."""
+        self.cause = execution
+        self._release(execution.context, frees, now)
+        return execution.context._ready
 
     def _finish_own(self, execution: Execution, context: Context, now: float) -> None:
         """The common case written out, since it is most of what the engine does: `_end_execution`, `_complete`."""

@@ -49,6 +49,7 @@ class DeferredTracer(Keeper):
     execution_class = TracedExecution
     quick_s = math.inf
     min_stay_s = WAIT_SPAN_S
+    guarded = frozenset({"execution_started"})
     _timed = 0
 
     # --- runs
@@ -254,22 +255,26 @@ class DeferredTracer(Keeper):
         """Makes the execution current, and leaves a record of it: of its end nothing need be told if that is quick."""
         if TYPE_CHECKING:
             assert isinstance(execution, TracedExecution)  # of `execution_class`
-        trace = execution.context._trace
-        root = trace if type(trace) is RootTrace else trace.root
-        left = root.left = root.left - 1
-        if left < 0 or root.odd:
-            self._start_odd(execution, trace, now)
-            return
-        execution.trace = trace
-        room = self.room
-        if root is trace and room > 0 and not root.hot:
-            self.room = room - 1
-            execution.listed = True
-            root.records.append(execution)
-        else:
-            execution.listed = False
-            execution.watched = True
-        make_current(execution)  # type: ignore[arg-type]  # looks like one, and a dict would be another object
+        try:
+            trace = execution.context._trace
+            root = trace if type(trace) is RootTrace else trace.root
+            left = root.left = root.left - 1
+            if left < 0 or root.odd:
+                self._start_odd(execution, trace, now)
+                return
+            execution.trace = trace
+            room = self.room
+            if root is trace and room > 0 and not root.hot:
+                self.room = room - 1
+                execution.listed = True
+                root.records.append(execution)
+            else:
+                execution.listed = False
+                execution.watched = True
+            make_current(execution)  # type: ignore[arg-type]  # looks like one, and a dict would be another object
+        except Exception as error:
+            if not self.run.facts.detach(self, "execution_started", error):
+                raise
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Leaves a record, or completes it."""
@@ -317,7 +322,7 @@ class DeferredTracer(Keeper):
 
     def visit_finished(self, context: Context, worker: int, busy_s: float, now: float) -> None:
         """What was current before the visit's executions is current again (E17)."""
-        if worker >= 0 and type(current(None)) in _OWN:
+        if worker >= 0:
             make_current(self._outside)
 
     def _after(self, execution: TracedExecution, root: RootTrace, now: float) -> None:

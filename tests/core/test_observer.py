@@ -177,3 +177,45 @@ def test_an_observer_may_have_room_of_its_own_on_every_execution() -> None:
     observer = Marking()
     ends_of(observer)
     assert sorted(observer.marks) == ["first"] * 4 + ["second"] * 4
+
+
+class Guarding(Observer):
+    """Guards what it is told at the beginning of an execution, and cannot take it."""
+
+    guarded = frozenset({"execution_started"})
+
+    def __init__(self) -> None:
+        self.run: RunState | None = None
+        self.calls = 0
+
+    def run_started(self, run: RunState, now: float) -> None:
+        self.run = run
+
+    def execution_started(self, execution: Execution, now: float) -> None:
+        try:
+            self.calls += 1
+            raise RuntimeError("cannot")
+        except RuntimeError as error:
+            assert self.run is not None
+            if not self.run.facts.detach(self, "execution_started", error):
+                raise
+
+
+class Failures(Observer):
+    def __init__(self) -> None:
+        self.told: list[tuple[Observer, str, str]] = []
+
+    def observer_failed(self, observer: Observer, fact: str, error: BaseException) -> None:
+        self.told.append((observer, fact, str(error)))
+
+
+@pytest.mark.parametrize("others", [(), (Marking,)])
+def test_an_observer_that_guards_a_fact_itself_is_detached_like_any_other(others: tuple[type[Observer], ...]) -> None:
+    guarding, failures = Guarding(), Failures()
+    result = ends_of(guarding, failures, *(other() for other in others))
+
+    assert guarding.calls == 1
+    assert failures.told == [(guarding, "execution_started", "cannot")]
+    assert guarding.run is not None
+    assert guarding.run.facts.failures == 1
+    assert result.counts["output"] == 3
