@@ -221,7 +221,7 @@ class Facts:
         self.needs_records = any(getattr(observer, "needs_records", False) for observer in self._observers)
         self.needs_slack = any(getattr(observer, "needs_slack", False) for observer in self._observers)
         self.min_stay_s = self._least("min_stay_s", "state_left")
-        self.quick_s = self._least("quick_s", "execution_finished")
+        self.quick_s = 0.0 if self.needs_slack else self._least("quick_s", "execution_finished")
         self.quick_wait_s = self._least("quick_s", "visit_started")
         own = [kind for each in self._observers if (kind := getattr(each, "execution_class", None)) is not None]
         self.execution_class: type[Execution] = own[0] if own else Execution

@@ -58,8 +58,6 @@ class Progress(Waits):
             more.service &= ~self.plan.bit[index]
         if execution.grant is not None and not execution.abandoned:
             self._release_grant(execution, now)
-        if self.keeping:
-            self._keep_record(execution)
         self._count(execution, outcome, error, now)
         if not context._running and (context._outcome is not None or context._state == _DISCARDED):
             self._work.append(context)
@@ -71,6 +69,8 @@ class Progress(Waits):
             self.quick_executions[index] += 1
             self.quick_seconds[index] += took_s
             return
+        if self.keeping:
+            self._keep_record(execution)
         self.told_executions[index] += 1
         self.told_seconds[index] += took_s
         if self.facts.execution_finished is not None:

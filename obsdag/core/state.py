@@ -114,10 +114,7 @@ class RunState(Sources):
             self._settle_all(now)
 
     def finish_and_begin(self, execution: Execution, now: float) -> Execution | None:  # noqa: C901 - the hot path, written out
-        """`finish` with its own context, and `begin` for the same runner: written out, that takes half the time.
-
-        None: nothing was begun, ask `begin`. Where nobody looks at executions, the next one is the same object again.
-        """
+        """`finish` with its own context, and `begin` for the same runner (None: ask that): written out, half the time."""
         context, index = execution.context, execution.index
         step = self.steps[index]
         if step is None or context._more is not None or context._outcome is not None or self._freezes:
@@ -127,8 +124,6 @@ class RunState(Sources):
         running = context._running = context._running ^ bit
         if not self.unseen:
             execution.ended, execution.outcome = now, "success"
-            if self.keeping:
-                self._keep_record(execution)
         if (took_s := now - execution.started) < self.facts.quick_s and not execution.watched:  # as in `_count`
             self.quick_executions[index] += 1
             self.quick_seconds[index] += took_s
@@ -159,7 +154,7 @@ class RunState(Sources):
             context._ready = ready ^ low
         context._running = running | low
         self.task_started[index] += 1
-        if self.unseen:
+        if self.unseen:  # nobody looks at executions: the next one may be the same object again
             execution.index, execution.task, execution.started = index, self.tasks[index], now
             return execution
         following = self.execution_class()  # `Execution.begun` written out
@@ -204,8 +199,6 @@ class RunState(Sources):
         context._running ^= bit
         context._executions.remove(execution)  # type: ignore[union-attr]
         self.active -= 1
-        if self.keeping:
-            self._keep_record(execution)
         self._count(execution, "success", None, now)
         context._done |= bit
         self.cause = execution
