@@ -114,7 +114,7 @@ class RunState(Sources):
             self._settle_all(now)
 
     def finish_and_begin(self, execution: Execution, now: float) -> Execution | None:  # noqa: C901 - the hot path, written out
-        """`finish` with its own context, and `begin` for the same runner (None: ask that): written out, half the time."""
+        """`finish` with its own context, and `begin` for the same runner (None: ask that), in half the time."""
         context, index = execution.context, execution.index
         step = self.steps[index]
         if step is None or context._more is not None or context._outcome is not None or self._freezes:
