@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from obsdag.context import Context, OutputContext
 from obsdag.core.records import Failure
 from obsdag.errors import EncodingError, JournalError
+from obsdag.mailbox import see_through
 from obsdag.tickets import Ticket, TicketBook
 
 if TYPE_CHECKING:
@@ -39,8 +40,12 @@ class Durable:
             return None
         await journal.acquire()
         try:
-            recovery = await journal.load(plan)
-            return cls(journal, await journal.record(plan), recovery)
+            recorder = await journal.record(plan)
+            try:  # nothing is awaited from the load to the begin of the run: what is found is this period's alone
+                return cls(journal, recorder, await journal.load(plan))
+            except BaseException:
+                await asyncio.shield(recorder.close())
+                raise
         except BaseException:
             await asyncio.shield(journal.release())
             raise
@@ -48,9 +53,9 @@ class Durable:
     async def close(self) -> None:
         """Writes down what is left, and lets go of the journal."""
         try:
-            await self._recorder.close()
+            await see_through(self._recorder.close())
         finally:
-            await self._journal.release()
+            await see_through(self._journal.release())
 
     @property
     def error(self) -> JournalError | None:
@@ -71,9 +76,17 @@ class Durable:
             reject("invalid")
             raise
 
-    async def committed(self) -> None:
-        """Returns when what was accepted is committed. Raises JournalError."""
-        await self._recorder.commit()
+    async def committed(self, ticket: Ticket, book: TicketBook) -> None:
+        """Returns when the ticket's acceptance is committed. Raises JournalError.
+
+        Cancelled meanwhile, it cancels the submission: nobody has its ticket.
+        """
+        try:
+            await self._recorder.commit()
+        except asyncio.CancelledError:
+            book.forget(ticket)
+            ticket.cancel()
+            raise
 
     def after_commit(self, callback: Callable[[], None]) -> None:
         """Calls back when what has happened until now is committed, or can never be."""
@@ -94,7 +107,7 @@ class Durable:
     def _give_tickets(self, shell: RunShell, book: TicketBook, desk: Any) -> None:
         """One for each tree: its root is what was submitted. More may live than `max_live_contexts` admits."""
         tickets: dict[int, Ticket] = {}
-        epoch = shell.run.epoch
+        epoch = shell.run.epoch + self._recovery.behind_s
         for saved in self._recovery.saved:  # a tree's root has the lowest of its keys
             context = saved.context
             entry: Entry = context._entry

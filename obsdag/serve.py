@@ -285,7 +285,7 @@ class ServeExecutor(Executor):
             if self._line:  # whatever became of this one, the next in line learns of a place that is left
                 self._line.wake(self._places(shell))
         if self._durable is not None:
-            await self._durable.committed()
+            await self._durable.committed(ticket, self._tickets)
         return ticket
 
     def _take_over_trace(self, context: Context, carrier: Mapping[str, str] | None, trace: str) -> None:

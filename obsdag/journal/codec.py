@@ -56,14 +56,17 @@ class Codec:
         return self._encode_tagged(data)
 
     def _encode_tagged(self, data: Mapping[str, Any]) -> bytes:
-        tagged: dict[Any, Any] = {}
+        tagged: list[tuple[Any, Any]] = []  # pairs: a key with an extension type cannot be one of a mapping's
         for key, value in data.items():
             try:
-                tagged[self._tag(key, 0)] = self._tag(value, 0)
+                tagged.append((self._tag(key, 0), self._tag(value, 0)))
             except _Obstacle as found:
                 raise EncodingError(
                     f"key {key!r} holds a {found.kind}, which the journal cannot encode{found.why}"
                 ) from None
+            except Exception as error:  # another thread changes it meanwhile, say
+                kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+                raise EncodingError(f"key {key!r} holds a {kind} that cannot be encoded now: {error!r}") from error
         return TAGGED + _encode(tagged)
 
     def decode(self, encoded: bytes) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class SQLiteJournal:
         if durability not in ("power", "process"):
             raise ConfigError(f"SQLiteJournal(durability={durability!r}): it is 'power' or 'process'")
         for name, value, least in (("keep_s", keep_s, 0), ("keep", keep, 0), ("max_crashes", max_crashes, 1)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
                 raise ConfigError(f"SQLiteJournal({name}={value!r}): it is a number >= {least}")
         self.path = os.fspath(path)
         self.durability: Durability = durability
@@ -66,7 +66,11 @@ class SQLiteJournal:
         self.recovered = self.replayed = self.dead_letters = self.pruned = 0
         self._max_pages = max_page_count
         self._users = 0
-        self._opening: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[Writer] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._loading = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = 0
         self._inline = False  # for tests in virtual time: commits happen where they are asked for
 
     def __repr__(self) -> str:
@@ -76,28 +80,43 @@ class SQLiteJournal:
 
     async def acquire(self) -> Writer:
         """Opens it, unless it is open, and keeps it so until `release`. Raises JournalError."""
+        loop = asyncio.get_running_loop()
+        self._settle_on(loop)
         self._users += 1
         try:
             if self._opening is None:
-                self._opening = asyncio.get_running_loop().create_task(self._open())
-            await asyncio.shield(self._opening)
+                self._opening = loop.create_task(self._open(self._closing))
+            return await asyncio.shield(self._opening)
         except BaseException:
             await self.release()
             raise
-        assert self.writer is not None
-        return self.writer
 
-    async def _open(self) -> None:
+    def _settle_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """All that use it at a time share an event loop; one that is no more has left it open."""
+        if self._loop is not loop:
+            if self._users and self._pid != os.getpid():
+                raise JournalError(f"journal {self.path} was opened before this process was forked: make another one")
+            if self._loop is not None and self._users and not self._loop.is_closed():
+                raise JournalError(f"journal {self.path} is in use on another event loop: one at a time can have it")
+            if self.writer is not None:
+                self.writer.close()
+            self._users, self._loop, self._loading, self._pid = 0, loop, asyncio.Lock(), os.getpid()
+            self.writer = self._opening = self._closing = None
+            self.recorders.clear()
+
+    async def _open(self, closing: asyncio.Task[None] | None) -> Writer:
+        if closing is not None:
+            await asyncio.wait([closing])
         store = Store(self.path, self.durability, max_page_count=self._max_pages)
         writer = Writer(store, inline=self._inline)
         try:
             await asyncio.wrap_future(writer.start())
             await asyncio.wrap_future(writer.call(self._prune))
-            self.next_key = max(self.next_key, await asyncio.wrap_future(writer.call(Store.next_key)))
         except BaseException:
             await _off_the_loop(writer)
             raise
-        self.writer = writer
+        self.writer, self.next_key = writer, store.first_key
+        return writer
 
     def _prune(self, store: Store) -> None:
         self.pruned += store.prune(time.time() - self.keep_s, self.keep)
@@ -105,9 +124,16 @@ class SQLiteJournal:
     async def release(self) -> None:
         """Closes it when nobody else needs it open; what is pending is committed first."""
         self._users -= 1
-        if self._users:
+        if not self._users and self._opening is not None:
+            opening, self._opening = self._opening, None
+            self._closing = asyncio.get_running_loop().create_task(self._close(opening))
+            await asyncio.shield(self._closing)
+
+    async def _close(self, opening: asyncio.Task[Writer]) -> None:
+        await asyncio.wait([opening])
+        if opening.cancelled() or opening.exception() is not None:
             return
-        writer, self.writer, self._opening = self.writer, None, None
+        writer, self.writer = self.writer, None
         if writer is not None:
             if writer.error is None:
                 writer.call(self._prune)
@@ -145,11 +171,15 @@ class SQLiteJournal:
 
         Raises PlanChangedError, JournalError.
         """
-        from obsdag.journal.recover import load
+        from obsdag.journal.recover import Theirs, load
 
-        taken = {key for recorder in self.recorders for key in recorder.keys}
-        found = self.open_writer().call(lambda store: load(store, plan, self.codec, tasks, taken, self.max_crashes))
-        return await asyncio.wrap_future(found)
+        async with self._loading:  # whoever loads takes up what it found before the next one looks
+            taken = {key for recorder in self.recorders for key in recorder.keys}
+            theirs = Theirs(taken, self.next_key)
+            found = self.open_writer().call(
+                lambda store: load(store, plan, self.codec, tasks, theirs, self.max_crashes)
+            )
+            return await asyncio.wrap_future(found)
 
 
 async def _off_the_loop(writer: Writer) -> None:

@@ -165,8 +165,9 @@ class Recorder(Observer):
         self.flush()
         self._suspended = True
         while self.error is None and self._committed < self._sent:
-            self._idle = self._loop.create_future()
-            await self._idle
+            if self._idle is None or self._idle.done():
+                self._idle = self._loop.create_future()
+            await asyncio.shield(self._idle)
         self._release_held()
         self._shell = None
         if self in self.journal.recorders:
@@ -307,13 +308,13 @@ class Recorder(Observer):
         kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
         entry = getattr(context, "_entry", None)
         if entry is not None:
-            entry.failed = Failed(failure.task, failure.attempts, kind, str(error)[:_TEXT])
+            entry.failed = Failed(failure.task, failure.attempts, kind, _text_of(error))
 
     def context_stalled(self, context: Context, stall: Stall, now: float) -> None:
         """Why it stalls is written down with it."""
         entry = getattr(context, "_entry", None)
         if entry is not None:
-            entry.failed = Failed(stall.task, 0, "stalled", str(stall)[:_TEXT])
+            entry.failed = Failed(stall.task, 0, "stalled", _text_of(stall))
 
     def context_changed(self, context: Context, now: float) -> None:
         """Another's return, or a freeze, changed it."""
@@ -336,6 +337,11 @@ class Recorder(Observer):
         elif outcome == "cancelled" or outcome == "interrupted":
             return
         self._touch(context)
+
+    def observer_failed(self, observer: Observer, fact: str, error: BaseException) -> None:
+        """A bug of obsdag's here must not pass for durability: the run ends, as with a disk that fails."""
+        if observer is self:
+            self._on_failed(JournalError(f"journal {self.journal.path} cannot be written: {fact}: {error!r}"))
 
     # --- rows
 
@@ -388,7 +394,7 @@ class Recorder(Observer):
         entry, shell = context._entry, self._shell
         problem, entry.problem = entry.problem, None
         if context._outcome is not None:
-            entry.failed = entry.failed or Failed("", 0, "EncodingError", str(problem))
+            entry.failed = entry.failed or Failed("", 0, "EncodingError", _text_of(problem))
         elif shell is not None and context._run is not None:
             self._asked = True  # no further flush is asked for meanwhile
             now = shell.clock()
@@ -449,6 +455,15 @@ class Recorder(Observer):
         if now - self._pruned > _PRUNE_S:
             self._pruned = now
             self._writer.call(self.journal._prune)
+
+
+def _text_of(error: object) -> str:
+    """What it says of itself, as text that can be written down: with file names, say, that are no UTF-8."""
+    try:
+        text = str(error)[:_TEXT]
+    except Exception:  # an exception whose __str__ raises
+        text = f"a {type(error).__qualname__} that cannot be told"
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 def _is_on_trial(context: Context) -> bool:

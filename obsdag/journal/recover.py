@@ -7,15 +7,16 @@ new have not been done by any context.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
 from obsdag.context import Context
 from obsdag.core.base import more_of
 from obsdag.core.restoring import Saved
-from obsdag.errors import PlanChangedError, RemoteError
+from obsdag.errors import JournalError, PlanChangedError, RemoteError
 from obsdag.journal.codec import Body, Codec, Rare, mask_of
 from obsdag.journal.recorder import Entry, describe_plan
 from obsdag.journal.schema import Row
@@ -24,7 +25,7 @@ from obsdag.journal.store import Store
 if TYPE_CHECKING:
     from obsdag.plan import Plan
 
-__all__ = ["Recovery", "load"]
+__all__ = ["Recovery", "Theirs", "load"]
 
 TaskNames = Mapping[str, str | None]
 _SUSPECT_CRASHES: Final = 2
@@ -35,7 +36,8 @@ class Recovery:
     """Contexts of a journal, ready to be put into a run: `saved`, in order of key.
 
     culprits: those that were running too often when the process died. suspects: trees of some that were, repeatedly.
-    outputs: ended ones that were given out, or were about to be.
+    outputs: ended ones that were given out, or were about to be. behind_s: by how much the clock is behind the latest
+    time in the file: it was set back, and waits would become so much longer.
     """
 
     def __init__(self) -> None:
@@ -44,6 +46,7 @@ class Recovery:
         self.culprits: list[Context] = []
         self.suspects: set[int] = set()
         self.outputs: list[Context] = []
+        self.behind_s = 0.0
 
     @property
     def living(self) -> list[Context]:
@@ -52,6 +55,7 @@ class Recovery:
 
     def on_clock(self, epoch: float) -> list[Saved]:
         """`saved` with its Unix times on the clock of a run whose zero is `epoch`."""
+        epoch += self.behind_s
         for saved in self.saved:
             rare, _ = self.times.get(saved.context, (None, 0.0))
             if rare is not None:
@@ -62,13 +66,21 @@ class Recovery:
         return self.saved
 
 
-def load(
-    store: Store, plan: Plan, codec: Codec, tasks: TaskNames | None, taken: Collection[int], max_crashes: int
-) -> Recovery:
+class Theirs(NamedTuple):
+    """What living runs of this process are busy with: the keys that they had when it was looked, and all later ones."""
+
+    keys: Collection[int]
+    next_key: int
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, int) and (key >= self.next_key or key in self.keys)
+
+
+def load(store: Store, plan: Plan, codec: Codec, tasks: TaskNames | None, taken: Theirs, max_crashes: int) -> Recovery:
     """Reads what has no outcome, and what it needs of its ended relatives.
 
-    tasks: old task id -> its id now, None if it is gone. taken: keys that runs of this process are busy with. Raises
-    PlanChangedError, and JournalError for a damaged row.
+    tasks: old task id -> its id now, None if it is gone. Raises PlanChangedError, and JournalError for a row that is
+    damaged or cannot be read.
     """
     translations = _translations(store, plan, tasks)
     rows = list(store.rows("tree IN (SELECT tree FROM contexts WHERE outcome IS NULL)"))
@@ -82,6 +94,8 @@ def load(
         builder.add(row, counts)
     recovery = builder.recovery
     recovery.suspects -= {culprit._entry.tree for culprit in recovery.culprits}
+    latest = max([store.last_end(), *(each.context._entry.entered for each in recovery.saved)])
+    recovery.behind_s = max(latest - time.time(), 0.0)
     return recovery
 
 
@@ -182,7 +196,7 @@ class _Builder:
     def add(self, row: Row, counts: Mapping[tuple[int, int], int]) -> None:
         """One row: a context, with its place in the tree."""
         body = _decode(row.body)
-        context = Context(None, self._codec.decode(row.data) if row.data is not None else {})
+        context = Context(None, self._data(row))
         context._id = row.id
         self._by_key[row.key] = context
         self._tie(context, row)
@@ -197,6 +211,13 @@ class _Builder:
         self.recovery.saved.append(saved)
         if row.outcome is None:
             self._suspect(context, entry, body)
+
+    def _data(self, row: Row) -> dict[str, Any]:
+        try:
+            return {} if row.data is None else self._codec.decode(row.data)
+        except Exception as error:  # a pickled value's class is gone, say
+            reason = str(error) if isinstance(error, JournalError) else repr(error)
+            raise JournalError(f"the data of context {row.id!r} cannot be read: {reason}") from error
 
     def _tie(self, context: Context, row: Row) -> None:
         """Parents mostly come first; one that entered after its child is tied when it comes."""

@@ -6,14 +6,22 @@ that is known; 4. WAL and `synchronous` are set and read back; 5. if the last pr
 older version is backed up and migrated.
 
 Errors of SQLite become `JournalError`, one line that says what to do; the file is as the last commit left it.
+
+A key is never used twice, since `ctx.idempotency_key` is made of it: its upper half is the number of the session (of
+the opening), which is committed before the first key is given away.
+
+A process that was forked must not touch its parent's connection, not even to close it, which would delete the log that
+the parent goes on writing to: it leaves it alone and open (`_leave_to_parent`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +37,31 @@ _SYNCHRONOUS: Final = {"power": ("FULL", 2), "process": ("NORMAL", 1)}
 _SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Rows per statement, so that few are prepared; the last row is written again until one of these is full."""
 
+_SESSION_BITS: Final = 32
+_SURROGATES: Final = "surrogatepass"
+
 _open_files: set[tuple[int, int]] = set()
 _open_lock = threading.Lock()
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """After a fork, in the child."""
+    _open_lock.release()
+    _open_files.clear()
+    for store in _stores:
+        if store._connection is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(store._connection))  # never closed, not even by the collector
+            store._connection = store._claim = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_open_lock.acquire, after_in_parent=_open_lock.release, after_in_child=_leave_to_parent)
 
 
 class Store:
-    """An open journal file. crashes: how many processes in a row died with it open, until now.
+    """An open journal file. crashes: how many processes in a row died with it open, until now. first_key: of this
+    session.
 
     look: neither made nor migrated, and no session of its own: for whoever only reads, or repairs by hand.
     max_page_count: a bound on the file's size, in pages.
@@ -48,9 +75,11 @@ class Store:
         self.look = look
         self.id = ""
         self.crashes = 0
+        self.first_key = 1
         self._max_pages = max_page_count
         self._claim: tuple[int, int] | None = None
         self._connection: sqlite3.Connection | None = None
+        _stores.add(self)
 
     # --- life
 
@@ -163,8 +192,12 @@ class Store:
             found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise JournalError(f"journal {self.path} is damaged ({' '.join(found.split())}): restore a backup")
+        used = connection.execute("SELECT coalesce(max(key), 0) FROM contexts").fetchone()[0] >> _SESSION_BITS
+        session = max(int(self.get("session") or 0), used) + 1
+        self.first_key = (session << _SESSION_BITS) + 1
         with self._transaction(connection):
             self.set("crashes", str(self.crashes))
+            self.set("session", str(session))
             self.set("open", str(os.getpid()))
 
     def end_crash_streak(self) -> None:
@@ -205,7 +238,12 @@ class Store:
 
     def commit(self, rows: Sequence[Row]) -> None:
         """Writes rows in one transaction. Raises JournalError; nothing of it is in the file then."""
-        connection = self.connection
+        try:
+            self._commit(self.connection, rows)
+        except UnicodeEncodeError:  # an id with half a surrogate: of a file name that is not UTF-8, say
+            self._commit(self.connection, [_with_storable_id(row) for row in rows])
+
+    def _commit(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
         with self._told("written"):
             if len(rows) <= _SIZES[-1]:
                 insert_rows(connection, _padded(rows))
@@ -247,15 +285,18 @@ class Store:
         with self._told("read"):
             for found in self.connection.execute(f"SELECT {COLUMNS} FROM contexts WHERE {where} ORDER BY key", values):
                 row = Row._make(found)
+                if isinstance(row.id, bytes):
+                    row = row._replace(id=row.id.decode(errors=_SURROGATES))
                 if row.sum != checksum(row, row.data):
                     where = f"row {row.key} (context {row.id!r})"
                     raise JournalError(f"journal {self.path} is damaged: {where} does not match its checksum")
                 yield row
 
-    def next_key(self) -> int:
-        """A key above all that were used."""
+    def last_end(self) -> float:
+        """The latest Unix time at which a context ended, 0 if none has."""
         with self._told("read"):
-            return int(self.connection.execute("SELECT coalesce(max(key), 0) FROM contexts").fetchone()[0]) + 1
+            found = self.connection.execute("SELECT max(ended) FROM contexts WHERE outcome IS NOT NULL").fetchone()[0]
+        return found or 0.0
 
     def plans(self) -> dict[int, tuple[str, str, str]]:
         """Number -> (fingerprint, dag, tasks as JSON)."""
@@ -318,6 +359,14 @@ class Store:
 def _padded(rows: Sequence[Row]) -> Sequence[Row]:
     size = next(size for size in _SIZES if size >= len(rows))
     return [*rows, *([rows[-1]] * (size - len(rows)))]
+
+
+def _with_storable_id(row: Row) -> Row:
+    try:
+        row.id.encode()
+    except UnicodeEncodeError:
+        return row._replace(id=row.id.encode(errors=_SURROGATES))  # type: ignore[arg-type] # SQLite keeps it as a blob
+    return row
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

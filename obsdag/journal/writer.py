@@ -6,7 +6,7 @@ passed, or nothing else is pending; of several rows of one context only the late
 
 Who may do what: `put`, `call` and `close` from any thread. The inbox is bounded: beyond `inbox_rows`, `behind` says so,
 for whoever can take less work in, and what comes is merged into the newest unit, so that it holds a row per context at
-most. A commit that fails is tried again for `patience_s`, since disks recover; then the writer has failed for good: it
+most. A commit that fails is tried again for 0.7 s, since disks recover; then the writer has failed for good: it
 takes nothing more, and tells its listeners why.
 
 The end, by steps: 1. what is pending is committed; 2. the store is closed; 3. the thread ends.
@@ -84,8 +84,9 @@ class Writer:
         if self._inline:
             self._work_off()
         else:
-            self._thread = threading.Thread(target=self._main, name="obsdag-journal", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._main, name="obsdag-journal", daemon=True)
+            thread.start()
+            self._thread = thread
         return opened
 
     # --- from any thread
@@ -182,6 +183,8 @@ class Writer:
             self._commit(last, list(group.values()))
         while self._calls:
             function, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue  # whoever asked was cancelled meanwhile
             try:
                 future.set_result(function(self.store))
             except BaseException as error:

@@ -54,8 +54,8 @@ def kinds(value: Any) -> Any:
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.text(), VALUES, max_size=5))
-def test_data_comes_back_with_its_types(data: dict[str, Any]) -> None:
+@given(st.dictionaries(st.text() | HASHABLE, VALUES, max_size=5))
+def test_data_comes_back_with_its_types(data: dict[Any, Any]) -> None:
     codec = Codec()
 
     found = codec.decode(codec.encode(data))
