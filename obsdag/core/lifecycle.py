@@ -268,9 +268,8 @@ class Lifecycle(RunBase):
         context._ready = context._parked = 0
         if context._place == QUEUED:
             self.queue.forget(context)
-        if self._freezes and context in self._freezes:
-            context._holds -= 1
-            del self._freezes[context]
+        if self._freezes:
+            self._forget_freeze(context)
         if context._running:
             self._cancel_executions(context)
         else:
@@ -289,6 +288,11 @@ class Lifecycle(RunBase):
         context._records = context._waits = context._maker = None
         if context._parent is not None:
             self._work.append(context)
+
+    def _forget_freeze(self, context: Context) -> None:
+        if context in self._freezes:
+            context._holds -= 1
+            del self._freezes[context]
 
     def _give_out(self, context: Context, output: OutputContext) -> None:
         output._outcome = "output"
@@ -337,6 +341,7 @@ class Lifecycle(RunBase):
         context._ready = context._parked = 0
         if context._place == QUEUED:
             self.queue.forget(context)
+        self._forget_freeze(context)
         if context._running:
             self._cancel_executions(context)
         self._close_more(context, outcome, now)

@@ -276,12 +276,13 @@ class Model:
 
     def _left_out_above(self, maker: Node, task: int, above: set[int]) -> bool:
         """Whether it is skipped on the maker whatever the routers that are not in `above` choose."""
-        chosen = maker.choices
+        chosen, left_out = maker.choices, maker.left_out
         maker.choices = {router: into for router, into in chosen.items() if router in above}
+        maker.left_out = left_out & above
         try:
             return task in self.skipped(maker)
         finally:
-            maker.choices = chosen
+            maker.choices, maker.left_out = chosen, left_out
 
     def end(self, node: Node, outcome: str) -> None:
         """One outcome; what it waited for and had reserved is given back; its executions are cancelled."""

@@ -365,3 +365,23 @@ async def test_E5_an_idle_worker_asks_a_map_for_items_while_another_branch_of_it
 
     await execute(dag, [{}], workers=2, tasks=2)
     assert asked == [0.0, 0.0, 0.0]
+
+
+@virtual
+async def test_E11_a_discarded_context_that_is_kept_readable_is_frozen_no_more() -> None:
+    dag = DAG()
+
+    @dag.task
+    async def lend(ctx: Context) -> list[Context]:
+        return ctx.create_child(1)  # type: ignore[no-any-return]
+
+    @dag.loop(after=lend)
+    async def nothing(ctx: Context) -> AsyncIterator[Any]:
+        ctx.freeze()
+        for item in ():
+            yield item
+
+    passing(dag, "join", after=nothing)
+    result = await execute(dag, [{}], enable_context_gc=False)
+    assert ended(result) == {"dropped": 2}
+    assert now() == 0  # not after the wait for frozen contexts
