@@ -144,7 +144,7 @@ class RunState(Sources):
             if frees and ready and self.recording:
                 ready = self._free(execution, frees & ~(done | running | ready), now)
             elif frees:
-                ready |= frees & ~(done | running)
+                ready = context._ready = ready | frees & ~(done | running)
                 context._maker = execution
             low = ready & -ready
             index = low.bit_length() - 1

@@ -1,8 +1,8 @@
 """The twelve defects of the earlier system (SEMANTICS section 7), put back on purpose into a copy of the code.
 
-`python -m tests.simulation.defects` applies each as a patch in a temporary folder, looks for it with the simulation and,
-where that cannot see it (it is in the shell, or in data), with the tests of its rule; prints a table; exits with 1 if one
-was not found.
+`python -m tests.simulation.defects` applies each as a patch in a temporary folder, looks for it with the simulation
+and, where that cannot see it (it is in the shell, or in data), with the tests of its rule; prints a table; exits with 1
+if one was not found.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCENARIOS = 600
 
 @dataclass(frozen=True)
 class Defect:
-    """One defect: its number in section 7, what it is, the patches (file, old, new), the tests that look for it, too."""
+    """One defect: its number in section 7, what it is, the patches (file, old, new), the tests that look for it."""
 
     number: int
     what: str
@@ -225,7 +225,7 @@ def simulated(folder: Path, scenarios: int = SCENARIOS, timeout_s: float = 120.0
     return f"scenario {int(done.stdout.split()[-1]) + 1}: {why[:110]}"
 
 
-def tested(folder: Path, tests: Sequence[str], timeout_s: float = 400.0) -> str:
+def tested(folder: Path, tests: Sequence[str], timeout_s: float) -> str:
     """Which test finds it; empty if none does."""
     present = [test for test in tests if (folder / test).exists()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "20", "-p", "no:cacheprovider", *present]
@@ -241,7 +241,7 @@ def find(defect: Defect) -> str:
     """How the defect is found; empty if it is not."""
     with tempfile.TemporaryDirectory() as folder:
         copy = patched(defect, Path(folder))
-        return simulated(copy) or (tested(copy, defect.tests) if defect.tests else "")
+        return simulated(copy) or (tested(copy, defect.tests, 400.0) if defect.tests else "")
 
 
 def main() -> int:
