@@ -49,6 +49,8 @@ class Saved:
 def restore(run: RunState, saved: Sequence[Saved], now: float) -> None:
     """Puts contexts into a run that has just begun; parents come before their children."""
     living = [each for each in saved if each.context._outcome is None]
+    for each in saved:
+        _fill(run, each, now)
     for each in living:
         _register(run, each, now)
     for each in living:
@@ -66,8 +68,8 @@ def restore(run: RunState, saved: Sequence[Saved], now: float) -> None:
     run._settle_all(now)
 
 
-def _register(run: RunState, saved: Saved, now: float) -> None:
-    """As `Lifecycle._enter`, without the queue."""
+def _fill(run: RunState, saved: Saved, now: float) -> None:
+    """What a context of a run has; ended ones stay readable (C11)."""
     context = saved.context
     context._run = run
     context._done = saved.done
@@ -75,6 +77,11 @@ def _register(run: RunState, saved: Saved, now: float) -> None:
     context._entered = context._since = now
     context._ledger = context._records = context._waits = None
     context._place, context._state = IDLE, _QUEUED
+
+
+def _register(run: RunState, saved: Saved, now: float) -> None:
+    """As `Lifecycle._enter`, without the queue."""
+    context = saved.context
     run.contexts[context] = None
     run.first_entered = now
     run.living += 1

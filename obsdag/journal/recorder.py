@@ -78,9 +78,12 @@ class Entry:
 
 
 class Recorder(Observer):
-    """One per run. Everything here happens on the run's thread, except `committed` and `failed`."""
+    """One per run. Everything here happens on the run's thread, except `committed` and `failed`.
 
-    def __init__(self, journal: SQLiteJournal, plan: Plan) -> None:
+    loop: whose turns make units; None: the running one.
+    """
+
+    def __init__(self, journal: SQLiteJournal, plan: Plan, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.journal = journal
         self.plan = plan
         self.error: JournalError | None = None
@@ -88,7 +91,7 @@ class Recorder(Observer):
         self._writer = journal.open_writer()
         self._number = 0  # of the plan
         self._shell: RunShell | None = None
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop if loop is not None else asyncio.get_running_loop()
         self._touched: dict[Context, None] = {}
         self._asked = False
         self._sent = self._committed = 0

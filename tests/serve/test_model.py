@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from obsdag import ContextFailedError, DuplicateIdError, NoOutputError, NotAcceptingError, QueueFullError, Ticket
+from obsdag import (
+    ContextFailedError,
+    DuplicateIdError,
+    NoOutputError,
+    NotAcceptingError,
+    QueueFullError,
+    SQLiteJournal,
+    Ticket,
+)
 from obsdag.testing import VirtualLoop
+from tests.journal.images import inline, outcomes
 from tests.serve.helpers import balanced, serve, sleeper
 
 ENDS = {"output", "failed", "dropped", "cancelled"}
@@ -18,6 +29,9 @@ ENDS = {"output", "failed", "dropped", "cancelled"}
 
 class Serving(RuleBasedStateMachine):
     """Tickets by the number of their submission; `waiting`: submits that have not returned."""
+
+    journal: SQLiteJournal | None = None
+    commit_turns = 0  # of the event loop, until what was accepted is committed
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,8 +41,15 @@ class Serving(RuleBasedStateMachine):
         self.turned_away = 0
 
     def _do(self, coroutine: Any) -> Any:
+        async def do() -> Any:
+            try:
+                return await coroutine
+            finally:
+                for _ in range(self.commit_turns):
+                    await asyncio.sleep(0)
+
         try:
-            return self.loop.run_until_complete(coroutine)
+            return self.loop.run_until_complete(do())
         finally:
             self._collect()  # whatever was done may have let one in that was waiting in line
 
@@ -42,6 +63,7 @@ class Serving(RuleBasedStateMachine):
             max_pending=pending,
             result_ttl=50,
             drain_grace=30,
+            journal=self.journal,
         )
         self._do(self.executor.start())
 
@@ -145,7 +167,33 @@ class Serving(RuleBasedStateMachine):
         self.loop.close()
 
 
+class Durable(Serving):
+    """The same with a journal, which must say of each ticket what the ticket says."""
+
+    commit_turns = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "j.db"
+        self.journal = inline(self.path)
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "executor"):
+            found = {row.id: row.outcome for row in outcomes(self.path)}
+            assert len(found) == len({ticket.id for ticket in self.tickets})
+            for ticket in self.tickets:
+                # what the end of the grace cut off is left to the next process; of several of an id the latest is kept
+                assert found[ticket.id] in (ticket.status, None) or ticket.id in ("a", "b")
+        self.folder.cleanup()
+
+
 TestServing = Serving.TestCase
 TestServing.settings = settings(
     max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestDurable = Durable.TestCase
+TestDurable.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -249,6 +249,8 @@ class Recorder(Observer):
 class Player(Checked):
     """Plays a scenario. What an execution does depends on its context's own history only (E15), and on the seed."""
 
+    more_observers: tuple[Observer, ...] = ()
+
     def __init__(self, scenario: Scenario, schedule: int, choose: Callable[[int], int] | None = None) -> None:
         self.scenario = scenario
         self.made = 0
@@ -261,7 +263,7 @@ class Player(Checked):
             inputs,
             seed=schedule,
             choose=choose,
-            observers=(self.recorder,) if schedule % 4 else (),
+            observers=(*self.more_observers, *((self.recorder,) if schedule % 4 else ())),
             config=ExecutorConfig(**scenario.settings),
         )
         assert self.model is not None
@@ -445,6 +447,12 @@ async def _map_items(player: Player, execution: Any) -> Any:
 def play(scenario: Scenario, schedule: int, choose: Callable[[int], int] | None = None) -> Player:
     """A player with its external events set, not yet run."""
     player = Player(scenario, schedule, choose)
+    set_up(player, scenario)
+    return player
+
+
+def set_up(player: Player, scenario: Scenario) -> None:
+    """Its loops and maps give what the scenario says; the external events come some time."""
     bodies = player._bodies
 
     def make(execution: Any) -> Any:
@@ -473,7 +481,6 @@ def play(scenario: Scenario, schedule: int, choose: Callable[[int], int] | None 
             player.later(action, poke(action))
     if player.has("stop") and random.random() < 0.2:
         player.later("stop", player.stop)
-    return player
 
 
 def bodies_first(task: Any, generator: Any, context: Any) -> Any:
