@@ -75,6 +75,10 @@ class Durable:
         except EncodingError:
             reject("invalid")
             raise
+        if context._trace is not None:
+            from obsdag.telemetry.carrier import caller_of
+
+            context._entry.caller = caller_of(context)
 
     async def committed(self, ticket: Ticket, book: TicketBook) -> None:
         """Returns when the ticket's acceptance is committed. Raises JournalError.
@@ -99,6 +103,10 @@ class Durable:
         self._recorder.attach(shell)
 
         def take_up(now: float) -> None:
+            if shell.config.telemetry is not None:
+                from obsdag.telemetry.carrier import restore_callers
+
+                restore_callers(self._recovery.living)
             self._give_tickets(shell, tickets, desk)
             self._recorder.take_up(self._recovery, now)
 

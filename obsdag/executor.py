@@ -156,6 +156,10 @@ class Executor:
         result = RunResult()
         async with self._journalled() as recorder:
             recovery = await self.config.journal.load(self.plan, tasks)
+            if self.config.telemetry is not None:
+                from obsdag.telemetry.carrier import restore_callers
+
+                restore_callers(recovery.living)
             shell = self._open_shell("run", iter(()))
             shell.run.emit = result.append
             shell.restore = partial(recorder.take_up, recovery)

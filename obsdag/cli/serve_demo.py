@@ -7,7 +7,7 @@ import math
 from typing import Any, Final
 
 from obsdag.cli.common import CliError
-from obsdag.errors import ConfigError
+from obsdag.errors import ConfigError, JournalError
 
 __all__ = ["OPTIONS", "add_options", "refuse_options", "serve"]
 
@@ -17,6 +17,7 @@ _OPTIONS: Final = {
     "control_port": ("PORT", "for POST /trouble/NAME; 0: any free one; default: 9465"),
     "token": ("TOKEN", "for the live page; needed if --host is open to other machines"),
     "jaeger_url": ("URL", "of a Jaeger's own page, for links to traces"),
+    "journal": ("FILE", "keep orders that were accepted in there: they survive a crash"),
     "rate": ("N", "orders per second; default: 20"),
     "trouble": ("NAME=S,...", "trouble of its own accord, every S seconds, such as deadlock=60,broken_pool=300"),
 }
@@ -59,6 +60,8 @@ def serve(args: argparse.Namespace) -> int:
     try:
         return main(_options(args))
     except ConfigError as error:
+        raise CliError(str(error)) from error
+    except (JournalError, ImportError) as error:
         raise CliError(str(error)) from error
     except OSError as error:
         raise CliError(f"cannot listen: {error.strerror or error}") from error

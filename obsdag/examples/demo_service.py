@@ -95,7 +95,7 @@ class Options:
 
     settle_every_s: seconds between two runs of the back office. host: where it listens; port: for /metrics and the
     page; control_port: for orders to it; each 0 for any free port. token: for the page, which other machines see with
-    one only. jaeger_url: where the page's links to traces lead.
+    one only. jaeger_url: where the page's links to traces lead. journal: a file that keeps accepted orders; "": none.
     """
 
     host: str = "127.0.0.1"
@@ -103,6 +103,7 @@ class Options:
     control_port: int = 9465
     token: str | None = None
     jaeger_url: str | None = None
+    journal: str = ""
     rate: float = 20.0
     settle_every_s: float = 2.0
     trouble: dict[str, float] = field(default_factory=dict)
@@ -259,6 +260,14 @@ def settlement(troubles: Troubles) -> DAG:
     return dag
 
 
+def _journal(path: str) -> Any:
+    if not path:
+        return None
+    from obsdag import SQLiteJournal
+
+    return SQLiteJournal(path, keep=10_000)
+
+
 class _Faulty(Observer):
     """An observer with a bug."""
 
@@ -286,6 +295,7 @@ class DemoService:
             result_ttl=5.0,
             drain_grace=5.0,
             telemetry=self._telemetry["shop"],
+            journal=_journal(options.journal),
         )
         office = ExecutorConfig(
             context_worker_num=2,

@@ -222,6 +222,7 @@ class Body(msgspec.Struct, array_like=True):
     """What a row says of a context beside its data. entered: Unix seconds. key: its idempotency key, if it was asked
     for before the context was accepted. crashes: how often in a row it was running when the process died; started: it
     is running now (written down only while the process keeps dying). due: a submission's deadline, Unix seconds.
+    caller: of a submission whose caller has a trace, its mode (child or link) and headers.
     """
 
     kind: str
@@ -233,6 +234,7 @@ class Body(msgspec.Struct, array_like=True):
     crashes: int = 0
     started: bool = False
     due: float | None = None
+    caller: tuple[str, dict[str, str]] | None = None
 
 
 def pack_mask(mask: int) -> int | bytes:

@@ -50,11 +50,12 @@ class Entry:
     """What the journal knows of one context: its key and what cannot be read from the context itself.
 
     data: encoded when one of its executions finished last. crashes, started, suspect: see `Body`; a suspect was
-    recovered and has made no progress since. over: its outcome is written down. problem: why its data has no form.
+    recovered and has made no progress since. caller: of a submission, see `Body`. over: its outcome is written down.
+    problem: why its data has no form.
     """
 
     __slots__ = (
-        *("crashes", "data", "due", "entered", "failed", "journal", "key", "kind"),
+        *("caller", "crashes", "data", "due", "entered", "failed", "journal", "key", "kind"),
         *("over", "problem", "started", "suspect", "tree"),
     )
 
@@ -68,6 +69,7 @@ class Entry:
         self.failed: Failed | None = None
         self.problem: EncodingError | None = None
         self.due: float | None = None
+        self.caller: tuple[str, dict[str, str]] | None = None
         self.crashes = 0
         self.started = self.suspect = self.over = False
 
@@ -432,7 +434,9 @@ class Recorder(Observer):
             key = None
         rare = None if more is None and not context._frozen else self._rare(context, more)
         watched = entry.crashes, entry.started
-        return Body(entry.kind, entry.entered, pack_mask(done), rare, entry.failed, key, *watched, entry.due)
+        return Body(
+            entry.kind, entry.entered, pack_mask(done), rare, entry.failed, key, *watched, entry.due, entry.caller
+        )
 
     def _rare(self, context: Context, more: More | None) -> Rare:
         epoch = self._shell.run.epoch if self._shell is not None else 0.0

@@ -202,7 +202,7 @@ class _Builder:
         self._tie(context, row)
         context._entry = entry = Entry(self._journal, row.key, row.tree, body.kind, body.entered)
         entry.data, entry.failed, entry.crashes = row.data, body.failed, body.crashes
-        entry.due = body.due
+        entry.due, entry.caller = body.due, body.caller
         if body.key is not None:
             context._idempotency = body.key
         if row.outcome is not None:

@@ -34,9 +34,20 @@ from obsdag.telemetry.executions import span_of
 from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, new_span_id
 
 if TYPE_CHECKING:
+    from obsdag.context import Context
     from obsdag.core.records import Execution
 
-__all__ = ["Caller", "RemoteSpan", "absorb", "capture_caller", "inject", "remote_span", "returning"]
+__all__ = [
+    "Caller",
+    "RemoteSpan",
+    "absorb",
+    "caller_of",
+    "capture_caller",
+    "inject",
+    "remote_span",
+    "restore_callers",
+    "returning",
+]
 
 _W3C: Final = CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()])
 _NO_STATE: Final = TraceState()
@@ -89,6 +100,26 @@ def capture_caller(carrier: Mapping[str, Any] | None = None, mode: str = "child"
     base = without_span(context)
     caller = Caller(span_context, mode, base or None)
     return caller if caller.span_context is not None or base else None
+
+
+def caller_of(context: Context) -> tuple[str, dict[str, str]] | None:
+    """Mode and headers of the caller of a context that has not entered yet, for `capture_caller` in another process."""
+    caller, headers = context._trace, dict[str, str]()
+    if type(caller) is not Caller:
+        return None
+    base = caller.base or OtelContext()
+    if caller.span_context is not None:
+        base = set_span_in_context(NonRecordingSpan(caller.span_context), base)
+    _W3C.inject(headers, base)
+    return caller.mode, headers
+
+
+def restore_callers(contexts: Iterable[Context]) -> None:
+    """The callers of contexts that a journal gives back, before they enter."""
+    for context in contexts:
+        if context._entry.caller is not None:
+            mode, headers = context._entry.caller
+            context._trace = capture_caller(headers, mode)
 
 
 def without_span(context: OtelContext) -> OtelContext:

@@ -78,7 +78,7 @@ SPANS: Final = (
     SpanSpec(
         "context {dag}",
         "CONSUMER",
-        '`execute` in serving and `submit(trace="child")`: the caller; else none',
+        '`execute` in serving and `submit(trace="child")`: the caller, also after a crash with a journal; else none',
         "a root context from entering to its outcome",
         ("submitter", "run", "maker", "continuation"),
         (

@@ -170,5 +170,5 @@ def test_the_image_gets_all_that_the_package_is_built_from(tmp_path: Path) -> No
     )
 
     assert done.returncode == 0, done.stderr
-    assert installed[1:5] == ["pip", "install", "--no-cache-dir", "/src[ops,otlp]"]
+    assert installed[1:5] == ["pip", "install", "--no-cache-dir", "/src[journal,ops,otlp]"]
     assert {path.name.partition("-")[0] for path in (tmp_path / "dist").iterdir()} == {"obsdag"}

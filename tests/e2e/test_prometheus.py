@@ -68,6 +68,8 @@ SHOWS = [
     ("engine", "Made anew"),
     ("engine", "Turned away"),
     ("engine", "Lag of the event loop"),
+    ("engine", "Commits, by time"),
+    ("engine", "Rows committed"),
     ("tasks", "Share of attempts that failed"),
     ("tasks", "Failures for good, by type"),
     ("tasks", "Retries"),
@@ -95,7 +97,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with ExitStack() as running:
         spans = running.enter_context(OtlpReceiver())
         endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": spans.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "200"}
-        service = running.enter_context(demo(place / "demo", **endpoint))
+        service = running.enter_context(demo(place / "demo", f"--journal={place / 'shop.db'}", **endpoint))
         hook = running.enter_context(webhook(service.alerts_url))
         manager = running.enter_context(alertmanager(place / "alertmanager", hook.url))
         server = running.enter_context(prometheus(place / "prometheus", service.address, manager))

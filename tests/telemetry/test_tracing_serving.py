@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from opentelemetry import baggage
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, get_current_span, use_span
 from prometheus_client import CollectorRegistry
 
-from obsdag import DAG, Context, ContextFailedError, ExecutorConfig
+from obsdag import DAG, Context, ContextFailedError, ExecutorConfig, SQLiteJournal
 from obsdag.serve import ServeExecutor
 from obsdag.telemetry import Telemetry
 from obsdag.telemetry.tracing import Tracing
@@ -105,3 +107,29 @@ async def test_a_carrier_without_tracing_leaves_logs_and_metrics_alone(
 
     assert any("execution.failed" in record.message for record in caplog.records)
     assert not any(count for (_, reason), count in telemetry.stats.dropped.items() if reason == "observer_failed")
+
+
+@pytest.mark.parametrize("mode", ["child", "link"])
+async def test_S4_the_callers_trace_goes_on_after_a_crash(tmp_path: Path, mode: str) -> None:
+    lost, kept, seen = Collected(), Collected(), []
+    never = DAG("requests")
+
+    @never.task
+    async def answer(ctx: Context) -> Context:
+        await asyncio.Event().wait()
+        return ctx
+
+    def config(exporter: Collected) -> ExecutorConfig:
+        journal = SQLiteJournal(tmp_path / "j.db", durability="process")
+        return ExecutorConfig(telemetry=telemetry_of(Tracing([exporter], sample=1.0)), journal=journal)
+
+    server = await ServeExecutor(never, config=config(lost)).start()
+    await server.submit({"n": 1}, carrier=CARRIER, trace=mode)  # type: ignore[arg-type]
+    await server.drain(grace=0.0)  # a crash would do as well
+    async with ServeExecutor(dag_of(seen), config=config(kept)):
+        pass
+
+    context = kept.one("context requests")
+    assert (context.parent_id, context.linked("submitter")) == ((SPAN, []) if mode == "child" else ("", [SPAN]))
+    assert (context.trace_id == TRACE) is (mode == "child")
+    assert seen[0][2] == "blue", "baggage"
