@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from obsdag.config import ExecutorConfig
 from obsdag.context import Context, OutputContext, StopContext
@@ -109,6 +109,8 @@ class Executor:
     State belongs to runs: an executor may run again, and several times at once, in one event loop (RuntimeError for
     two at a time). `async with executor:` keeps its pools over several runs (E18). Raises GraphError, ConfigError.
     """
+
+    shell_class: ClassVar[type[RunShell]] = RunShell
 
     def __init__(self, dag: DAG, runtime: Runtime | None = None, config: ExecutorConfig | None = None) -> None:
         if config is not None and not isinstance(config, ExecutorConfig):
@@ -228,7 +230,7 @@ class Executor:
             raise _early_error(shell, None)
 
     def _open_shell(self, kind: str, inputs: Any) -> RunShell:
-        shell = RunShell(self.dag, self.plan, self.config, self.runtime, self._pools, inputs, kind)
+        shell = self.shell_class(self.dag, self.plan, self.config, self.runtime, self._pools, inputs, kind)
         self._shells.append(shell)
         first = next(each for each in self._shells if not each.loop.is_closed())
         if first.loop is not shell.loop:

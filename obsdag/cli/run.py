@@ -35,11 +35,14 @@ if TYPE_CHECKING:
     from obsdag.context import Context
     from obsdag.core.records import Execution, Failure, Stall
     from obsdag.executor import Executor, OutputStream
+    from obsdag.graph import DAG
+    from obsdag.ray import RayExecutor, RayStream
 
 __all__ = ["LOG_LEVELS", "FailureLog", "Terminated", "add_command", "ending_on_signals", "set_up_logs"]
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _TICK_S = 0.1
+_HINTS = {"process_pool_worker_num": "--processes N", "insecure=True": "--insecure"}
 _SHOWN_FAILURES = 10
 _STUCK_WRITE_S = 1.0  # a reader that takes nothing for this long does not keep an interrupted run from ending
 
@@ -72,13 +75,18 @@ def add_command(commands: Any) -> None:
     add("-q", "--quiet", action="store_true", help="show no progress and no summary")
     add("--log-level", choices=LOG_LEVELS, help="show the engine's log lines from this level on (default: none)")
     add_settings(parser)
+    group = parser.add_argument_group("on a Ray cluster (pip install 'obsdag[ray]')")
+    where = "run on the Ray cluster at ADDRESS, on the one that this machine is part of, or on one of its own"
+    group.add_argument("--ray", metavar="ADDRESS|auto|local", help=where)
+    group.add_argument("--shards", metavar="N", type=int, help="engines on the cluster (default 2)")
+    insecure = "use a cluster that others can reach, though it asks for no token"
+    group.add_argument("--insecure", action="store_true", help=insecure)
     parser.set_defaults(command=command)
 
 
 def command(args: argparse.Namespace) -> int:
     """Does what the command line asks for; the exit status. Raises CliError."""
     from obsdag.cli.target import load_dag
-    from obsdag.executor import Executor
 
     config = set_up_logs(load_config(args, args.target), args.log_level)
     with contextlib.ExitStack() as stack:
@@ -90,12 +98,31 @@ def command(args: argparse.Namespace) -> int:
         log = FailureLog(LineSink(args.failures, "--failures") if args.failures is not None else None)
         stack.callback(log.discard)
         try:
-            executor = Executor(dag, config=config.replace(observers=(*config.observers, log)))
+            executor = _executor(args, dag, config.replace(observers=(*config.observers, log)))
         except ObsdagError as error:
-            hint = " (--processes N)" if "process_pool_worker_num" in str(error) else ""
+            hint = next((f" ({option})" for words, option in _HINTS.items() if words in str(error)), "")
             raise CliError(f"{args.target}: {one_line(error)}{hint}") from error
         progress = make_progress(source.name, args.quiet)
         return asyncio.run(_Run(executor, source, sink, log, progress, args.quiet).run())
+
+
+def _executor(args: argparse.Namespace, dag: DAG, config: ExecutorConfig) -> Executor | RayExecutor:
+    if args.ray is None:
+        if args.shards is not None or args.insecure:
+            raise CliError(
+                "--shards and --insecure are for a Ray cluster: say which one by --ray ADDRESS, or --ray local"
+            )
+        from obsdag.executor import Executor
+
+        return Executor(dag, config=config)
+    if args.log_level in ("debug", "info"):
+        raise CliError(f"--log-level {args.log_level}: with --ray, engines log warnings and errors only")
+    try:
+        from obsdag.ray import RayExecutor
+    except ImportError as error:
+        raise CliError(f"--ray: {one_line(error)}") from error
+    shards = 2 if args.shards is None else args.shards
+    return RayExecutor(dag, config, shards=shards, address=args.ray, insecure=args.insecure)
 
 
 def _open_source(args: argparse.Namespace, stack: contextlib.ExitStack, output: int | None) -> LineSource:
@@ -208,7 +235,13 @@ class _Run:
     """One run of the command: the stream of outputs, its two sinks, and what is shown of it."""
 
     def __init__(
-        self, executor: Executor, source: LineSource, sink: LineSink, log: FailureLog, progress: Progress, quiet: bool
+        self,
+        executor: Executor | RayExecutor,
+        source: LineSource,
+        sink: LineSink,
+        log: FailureLog,
+        progress: Progress,
+        quiet: bool,
     ) -> None:
         self.executor = executor
         self.source = source
@@ -217,7 +250,7 @@ class _Run:
         self.progress = progress
         self.quiet = quiet
         self.sinks = [sink] if log.sink is None else [sink, log.sink]
-        self.outputs: OutputStream | None = None
+        self.outputs: OutputStream | RayStream | None = None
         self.broken: BaseException | None = None
         self._told = 0
 

@@ -1,0 +1,25 @@
+"""Beyond one machine: the same DAG on a Ray cluster, as `RayExecutor` (extra `obsdag[ray]`).
+
+sharding    which root goes where, and again when a shard dies; no Ray, no clock
+wire        the two kinds of messages between driver and shards, as bytes
+shard       the ordinary engine, fed with batches and asked for answers; no Ray either
+cluster     all that is Ray's: connection, actors, what is refused
+fleet       the shards between runs
+driver      one run, on the driver's event loop
+executor    `RayExecutor`: opens runs and sees them to their end
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from obsdag.ray.executor import RayExecutor, RayStream
+
+__all__ = ["RayExecutor", "RayStream"]
+
+if not TYPE_CHECKING:  # a type checker would take every name for defined
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module("obsdag.ray.executor"), name)  # late: `sharding` and `shard` need no Ray

@@ -1,0 +1,265 @@
+"""Everything that is Ray's: the connection, what it is allowed to be, and the actors that shards live in.
+
+Who can reach a port of a Ray cluster can run code on it, as whoever runs the cluster. So a cluster that obsdag starts
+listens on the loopback interface only, without dashboard, and tells nobody about its use; and one that others can reach
+is refused unless it asks for a token, or the caller says `insecure=True`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import math
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from obsdag.errors import ConfigError, PlanChangedError
+from obsdag.graph import DAG
+from obsdag.ray.shard import ShardEngine
+from obsdag.ray.wire import Codec
+from obsdag.telemetry import Telemetry
+
+try:
+    import ray
+    from ray import cloudpickle
+    from ray._private import ray_constants
+except ImportError as error:  # pragma: no cover - the tests of this have it
+    raise ImportError("RayExecutor needs Ray: pip install 'obsdag[ray]'") from error
+
+if TYPE_CHECKING:
+    from obsdag.config import ExecutorConfig
+
+__all__ = ["Cluster", "ShardDied", "ShardRaised", "carry_dag", "fetch_dag", "is_off", "pack_config"]
+
+ShardDied: Any = ray.exceptions.RayActorError
+"""What an awaited call raises when the shard's process or node is gone, or out of reach."""
+ShardRaised: Any = ray.exceptions.RayTaskError
+"""What an awaited call raises for an exception that was raised there, its `cause`."""
+
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+class Cluster:
+    """A connection to a Ray cluster, for as long as somebody uses it.
+
+    address: None takes the connection that there is, else starts a cluster on this machine; "local" always starts one;
+    "auto" finds the one that this machine is part of; "host:port" names one. insecure: an address that others can
+    reach is taken even if it does not ask for a token. cpus: of a cluster that is started, at least.
+    """
+
+    def __init__(self, address: str | None, insecure: bool, cpus: float) -> None:
+        if address is not None and address.startswith("ray://"):
+            raise ConfigError(f"{address!r} is a Ray client's address: run the driver on a machine of the cluster")
+        self.address = address
+        self.insecure = insecure
+        self._cpus = cpus
+        self._users = 0
+        self._own = False
+        if address not in (None, "local", "auto"):
+            self._check(str(address))
+
+    def acquire(self) -> None:
+        """Connects, for the first user. It blocks: starting a cluster takes some 4 s. Raises ConfigError."""
+        if not self._users and not (self.address is None and ray.is_initialized()):
+            self._connect()
+        try:
+            if not self._users and not (self._own and self.address in (None, "local")):
+                self._check(ray.get_runtime_context().gcs_address)
+        except ConfigError:
+            self._disconnect()
+            raise
+        self._users += 1
+
+    def release(self) -> None:
+        """Disconnects, for the last user, what `acquire` connected."""
+        self._users -= 1
+        if not self._users:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._own:
+            ray.shutdown()
+            self._own = False
+
+    def _connect(self) -> None:
+        with _own_signals():
+            if self.address not in (None, "local"):
+                ray.init(address=self.address, configure_logging=False)
+            else:
+                cpus = max(os.cpu_count() or 1, math.ceil(self._cpus))
+                with _for_itself():
+                    ray.init(address="local", num_cpus=cpus, include_dashboard=False, configure_logging=False)
+        self._own = True
+
+    def _check(self, address: str) -> None:
+        if not (self.insecure or _is_loopback(address) or _asks_for_token()):
+            raise ConfigError(
+                f"the Ray cluster at {address} can be used by everybody who can reach it: switch on token "
+                "authentication (RAY_AUTH_MODE=token, for the cluster and here), or say insecure=True"
+            )
+
+    def start(self, dag: Any, config: bytes, options: Mapping[str, Any]) -> Any:
+        """An actor for a shard, which is on its way: its calls wait for it."""
+        return ray.remote(_ShardActor).options(**{"scheduling_strategy": "SPREAD", **options}).remote(dag, config)
+
+    def kill(self, actor: Any) -> None:
+        """Ends an actor, in whatever state it is."""
+        with contextlib.suppress(Exception):  # it is gone, or was never there
+            ray.kill(actor)
+
+    def shortage(self) -> str:
+        """What the cluster has, in words, for a shard that finds no place on it."""
+        return (
+            f"the cluster has {_amounts(ray.cluster_resources())}, of which free: {_amounts(ray.available_resources())}"
+        )
+
+
+class _ShardActor:
+    """A shard's engine in a process of its own; made an actor by `Cluster.start`."""
+
+    def __init__(self, dag: Any, config: bytes) -> None:
+        self._carried = dag, config
+        self._engine: ShardEngine | None = None
+
+    async def begin(self) -> int:
+        """`ShardEngine.begin`."""
+        if self._engine is None:
+            config, codec = unpack_config(self._carried[1])
+            self._engine = ShardEngine(fetch_dag(self._carried[0]), config, codec)
+            await self._engine.__aenter__()
+        return await self._engine.begin()
+
+    async def feed(self, batch: bytes) -> None:
+        """`ShardEngine.feed`."""
+        assert self._engine is not None
+        self._engine.feed(batch)
+
+    async def answers(self) -> bytes:
+        """`ShardEngine.answers`."""
+        assert self._engine is not None
+        return await self._engine.answers()
+
+    async def end(self, early: bool) -> dict[str, Any]:
+        """`ShardEngine.end`."""
+        assert self._engine is not None
+        return await self._engine.end(early)
+
+    async def close(self) -> None:
+        """Lets go of its threads and processes."""
+        if self._engine is not None:
+            await self._engine.__aexit__(None, None, None)
+
+
+def pack_config(config: ExecutorConfig, codec: Codec) -> bytes:
+    """The configuration of the shards: the driver's, without what belongs to the driver."""
+    theirs = config.replace(telemetry=None, observers=(), journal=None, deadline=None, on_failure="continue")
+    return pickle.dumps((theirs, is_off(config), codec.allow_pickle))
+
+
+def unpack_config(packed: bytes) -> tuple[ExecutorConfig, Codec]:
+    """On the shard: what `pack_config` packed."""
+    config, silent, allow_pickle = pickle.loads(packed)
+    return config.replace(telemetry=Telemetry.off()) if silent else config, Codec(allow_pickle)
+
+
+def is_off(config: ExecutorConfig) -> bool:
+    """Whether its telemetry is `Telemetry.off()`."""
+    return isinstance(config.telemetry, Telemetry) and config.telemetry._off
+
+
+# --- the DAG
+
+
+def carry_dag(dag: DAG) -> tuple[str, Any]:
+    """How a shard finds the DAG: by the name that it has in a module, else as a copy of it and its functions.
+
+    Raises ConfigError if it has no such name and cannot be copied.
+    """
+    fingerprint = dag.build().fingerprint
+    for name, module in list(sys.modules.items()):
+        if name != "__main__" and getattr(module, "__spec__", None) is not None:
+            for attribute, value in list(vars(module).items()):
+                if value is dag:
+                    return fingerprint, (name, attribute)
+    state = {name: value for name, value in vars(dag).items() if name not in ("_plan", "_building", "_by_function")}
+    try:
+        return fingerprint, cloudpickle.dumps(state)
+    except Exception as error:
+        raise ConfigError(
+            f"the DAG {dag.name!r} cannot be carried to a shard ({error}): give it a name at the top of a module that "
+            "the cluster's machines can import"
+        ) from error
+
+
+def fetch_dag(carried: tuple[str, Any]) -> DAG:
+    """The DAG of `carry_dag`, built. Raises PlanChangedError if another DAG goes by that name here."""
+    fingerprint, found = carried
+    if isinstance(found, bytes):
+        dag = DAG()
+        vars(dag).update(cloudpickle.loads(found))
+        for task in (*dag.tasks.values(), dag.in_task, dag.out_task):  # they were built, and are built again
+            task.upstream_tasks.clear()
+            task.downstream_tasks.clear()
+    else:
+        dag = getattr(import_module(found[0]), found[1])
+    if dag.build().fingerprint != fingerprint:
+        raise PlanChangedError(f"the DAG {dag.name!r} is another one on this machine: install the same version of it")
+    return dag
+
+
+# --- small print
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]") or address
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _asks_for_token() -> bool:
+    raylet = import_module("ray._raylet")
+    return bool(raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN)
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    shown = {name: f"{number:g}" for name, number in resources.items() if name in ("CPU", "GPU")}
+    return ", ".join(f"{number} {name}" for name, number in shown.items()) or "nothing"
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray puts its own handler of SIGTERM into place; the program's comes back."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if is_main else None
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _for_itself() -> Iterator[None]:
+    """A cluster that is started in here listens on the loopback interface only, and reports its use to nobody."""
+    given = {_LOOPBACK: "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in given}
+    reachable = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(given)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read it from the variable when it was imported
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = reachable
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

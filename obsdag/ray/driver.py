@@ -1,0 +1,359 @@
+"""One run on shards, seen from the driver: inputs in, outcomes out, and what to do when a shard dies.
+
+Everything happens on the driver's event loop. There is a task for each shard, which waits for what the shard says; and
+`_pump`, which gives roots to the shards that have room whenever something has changed. What goes where is decided by
+`Sharding`.
+
+The end of a run, by steps (`close`): 1. shards are told to end, which cancels what lives there if the run ends early;
+2. those that do not answer within the grace are killed; 3. what has no outcome yet is `cancelled`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from obsdag.context import Context, OutputContext
+from obsdag.core.base import more_of
+from obsdag.core.observer import Facts
+from obsdag.core.records import Failure, Stall
+from obsdag.core.states import OUTCOMES
+from obsdag.errors import ContextError, EncodingError, PoolError
+from obsdag.inputs import as_context
+from obsdag.pools.carry import RemoteFailure, unpack_error
+from obsdag.ray.cluster import ShardDied, ShardRaised
+from obsdag.ray.sharding import Root, Shard, Sharding
+from obsdag.ray.wire import Batch, Codec, Ended, Made, Seed, decode_answers, encode
+
+if TYPE_CHECKING:
+    from obsdag.config import ExecutorConfig
+    from obsdag.ray.fleet import Fleet, Member
+
+__all__ = ["Driver"]
+
+BATCH = 500
+"""Roots in one message."""
+START_S = 60.0
+"""A run without any shard waits this long for one."""
+_STILLBORN = 3  # deaths of shards that had nothing to do, in a row, for each shard
+
+
+class Driver:
+    """One run. emit: told of each output. `done` is resolved when every root has its outcome, or the run ends early.
+
+    counts: `entered` and each outcome, of answered roots and what was made from them, `entered` of all. early: why the
+    run ends early, fatal: the error, if any. buffered: outputs that nobody has taken yet.
+    """
+
+    def __init__(
+        self, fleet: Fleet, config: ExecutorConfig, codec: Codec, inputs: Iterator[Any] | AsyncIterator[Any]
+    ) -> None:
+        self.config = config
+        self.loop = asyncio.get_running_loop()
+        self.clock = self.loop.time
+        self.done: asyncio.Future[None] = self.loop.create_future()
+        self.emit: Callable[[OutputContext], None] = _nobody
+        self.counts: dict[str, int] = {"entered": 0, **dict.fromkeys(OUTCOMES, 0)}
+        self.failures: deque[Failure] = deque()
+        self.stalls: list[Stall] = []
+        self.failures_kept: int | None = None
+        self.cleanup_errors: list[tuple[str, BaseException]] = []
+        self.abandoned: list[str] = []
+        self.buffered = 0
+        self.early = ""
+        self.fatal: BaseException | None = None
+        self.first_entered: float | None = None
+        self.facts = Facts(config.observers)
+        self.sharding = Sharding(self._supply, most_ahead=min(2_000, config.max_live_contexts))
+        self._fleet = fleet
+        self._codec = codec
+        self._inputs: Iterator[Any] | None = inputs if isinstance(inputs, Iterator) else None
+        self._feeding: AsyncIterator[Any] | None = None if isinstance(inputs, Iterator) else inputs
+        self._wanted = asyncio.Event()
+        self._living: dict[Context, None] = {}
+        self._number = 0
+        self._members: dict[str, Member] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stillborn = 0
+        self._budget = 0
+        self._pumping = False
+        self._alarm: asyncio.TimerHandle | None = None
+
+    @property
+    def run(self) -> Driver:
+        """Itself: it stands where a shell stands that has a run (`_early_error`)."""
+        return self
+
+    # --- beginning and end
+
+    def begin(self) -> None:
+        """Starts the run on all shards of the fleet."""
+        self._await_a_shard()
+        for member in self._fleet.take():
+            self._spawn(self._attend(member))
+        if self._feeding is not None:
+            self._spawn(self._feed(self._feeding))
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.end_early("error", error)
+
+    def end_early(self, why: str, error: BaseException | None) -> None:
+        """The run is to end as E9; the first reason counts."""
+        if not self.early:
+            self.early, self.fatal = why, error
+        if not self.done.done():
+            self.done.set_result(None)
+
+    async def close(self) -> None:
+        """Ends the run by the steps at the top of this module."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if self._feeding is not None and hasattr(self._feeding, "aclose"):
+            await self._feeding.aclose()
+        await asyncio.gather(*(self._end(member) for member in list(self._members.values())))
+        for context in list(self._living):
+            self._close(context, "cancelled", None)
+
+    async def _end(self, member: Member) -> None:
+        """Tells a shard that the run is over; one that does not answer, or never began, is killed."""
+        if member.name not in self.sharding.shards:
+            self._fleet.drop(member)
+            return
+        try:
+            async with asyncio.timeout(self.config.shutdown_grace + 5.0):
+                told = await member.actor.end.remote(bool(self.early))
+        except (TimeoutError, ShardDied, ShardRaised):
+            self._fleet.drop(member)
+            return
+        self.abandoned += [f"{member.name}: {each}" for each in told["abandoned"]]
+        for what, error in told["cleanup_errors"]:
+            found = unpack_error(RemoteFailure(*error))
+            self.cleanup_errors.append((what, found))
+            if self.facts.cleanup_failed is not None:
+                self.facts.cleanup_failed(what, found)
+        self._fleet.give_back(member)
+
+    # --- a shard's life
+
+    async def _attend(self, member: Member) -> None:
+        """From a shard's start to its death, or the run's end."""
+        self._members[member.name] = member
+        shard: Shard | None = None
+        try:
+            asks = await member.actor.begin.remote()
+            shard = self.sharding.add(member.name, asks, self.clock())
+            while True:
+                self._pump()
+                answers = decode_answers(await member.actor.answers.remote())
+                self._stillborn = 0
+                self.sharding.heard(shard, answers.taken, answers.asks, self.clock())
+                for ended in answers.ended:
+                    self._answered(shard, ended)
+                if answers.fault is not None:
+                    self.end_early("error", unpack_error(answers.fault))
+                    return
+        except ShardDied as error:
+            self._shard_died(member, shard, error)
+        except ShardRaised as error:
+            self.end_early("error", error.cause)
+
+    def _shard_died(self, member: Member, shard: Shard | None, error: Exception) -> None:
+        """Its roots go to others, and another shard takes its place."""
+        self._fleet.drop(self._members.pop(member.name))
+        self._stillborn = self._stillborn + 1 if shard is None or not shard.roots else 0
+        if shard is not None:
+            for root in self.sharding.lose(shard):
+                why = f"{root.deaths} shards died under context {root.context.id!r}, the last with nothing else on it"
+                self._fail(root.context, PoolError(why), root.token)
+        if self._stillborn >= _STILLBORN * self._fleet.shards:
+            self.end_early("error", PoolError(f"shards die one after the other, without any work: {error}"))
+            return
+        self._await_a_shard()
+        self._spawn(self._attend(self._fleet.start()))
+        self._pump()
+
+    def _await_a_shard(self) -> None:
+        if self._alarm is None:
+            self._alarm = self.loop.call_later(START_S, self._no_shard)
+
+    def _no_shard(self) -> None:
+        self._alarm = None
+        if not self.sharding.shards:
+            self.end_early("error", PoolError(f"no shard has started within {START_S:g} s: {self._fleet.shortage()}"))
+
+    # --- giving
+
+    def _pump(self) -> None:
+        """Gives roots to the shards that have room, and looks whether the run is done."""
+        self._pumping = False
+        if self.early or self.done.done():
+            return
+        for shard in list(self.sharding.hungry()):
+            roots = self._take(shard)
+            while roots:
+                batch = Batch([Seed(r.number, r.token, r.context.id, bool(r.context.name), r.data) for r in roots])
+                self._members[shard.name].actor.feed.remote(encode(batch))
+                roots = self._take(shard) if len(roots) == BATCH else []
+        if self._feeding is not None:
+            full = self.buffered >= self.config.max_live_contexts
+            self._budget = 0 if full else sum(map(self.sharding.room, self.sharding.shards.values()))
+            self._wanted.set()
+        elif self._inputs is None and self.sharding.settled() and not self.done.done():
+            self.done.set_result(None)
+
+    def _take(self, shard: Shard) -> list[Root]:
+        full = self.buffered >= self.config.max_live_contexts  # whoever takes the outputs is slow
+        return [] if full or self.early else self.sharding.take(shard, BATCH)
+
+    def pump_soon(self) -> None:
+        """`_pump` in this turn of the loop or the next, however often it is asked for."""
+        if not self._pumping:
+            self._pumping = True
+            self.loop.call_soon(self._pump)
+
+    def _supply(self) -> Root | None:
+        """The next input; None if there is none, or none now."""
+        while self._inputs is not None and not self.early:
+            try:
+                root = self._enter(next(self._inputs))
+            except StopIteration:
+                self._inputs = None
+            except BaseException as error:
+                self.end_early("input", error)
+            else:
+                if root is not None:
+                    return root
+        return None
+
+    def _enter(self, item: Any) -> Root | None:
+        """An input enters; None if its data cannot cross, by which it has failed."""
+        context = as_context(item)
+        if context in self._living:
+            raise ContextError(f"context {context.id!r} is in a run and cannot be input again")
+        self.counts["entered"] += 1
+        if self.first_entered is None:
+            self.first_entered = self.clock()
+        self._living[context] = None
+        self._number += 1
+        try:
+            return Root(self._number, context, self._codec.encode(context._data))
+        except EncodingError as error:
+            self._fail(context, error)
+            return None
+
+    async def _feed(self, inputs: AsyncIterator[Any]) -> None:
+        """Asks an async input for an item whenever a shard has room."""
+        try:
+            while True:
+                while self._budget <= 0:
+                    self._wanted.clear()
+                    await self._wanted.wait()
+                root = self._enter(await anext(inputs))
+                if root is not None:
+                    self.sharding.queue.append(root)
+                    self._budget -= 1
+                self.pump_soon()
+        except StopAsyncIteration:
+            self._feeding = None
+            self._pump()
+        except Exception as error:
+            self.end_early("input", error)
+
+    # --- what came of a root
+
+    def _answered(self, shard: Shard, ended: Ended) -> None:
+        root = self.sharding.answered(shard, ended.number, ended.token)
+        if root is None:
+            return
+        context: Context = root.context
+        if ended.data is not None:
+            context._data = self._codec.decode(ended.data)
+        if ended.counts is not None:
+            self.counts["entered"] += sum(ended.counts.values()) - 1
+        self._close(context, ended.outcome, ended.counts)
+        if ended.outputs is None:
+            self._give_out(context, None)
+        else:
+            for made in ended.outputs:
+                self._give_out(self._context_of(made, context, "output"), made)
+        for failing in ended.failures:
+            failed = self._context_of(failing.made, context, "failed")
+            self._failed(Failure(failed, failing.task, failing.attempts, failing.exception()))
+        for stalling in ended.stalls:
+            stalled = self._context_of(stalling.made, context, "stalled")
+            self._stalled(Stall(stalled, stalling.task, tuple(stalling.missing), stalling.reason))
+
+    def _context_of(self, made: Made, root: Context, outcome: str) -> Context:
+        """A context that a shard speaks of: the root itself, or one like it that ended there."""
+        if not made.id:
+            return root
+        data = {} if made.data is None else self._codec.decode(made.data)
+        context = Context(root.runtime, data, made.id if made.named else "")
+        context._id, context._outcome = made.id, outcome
+        if context._token is not None:
+            context._token.release()
+        if made.above is not None:
+            child = context
+            for id in made.above:
+                child._parent = Context(None)
+                child = child._parent
+                child._id = id
+            child._parent = root
+        return context
+
+    def _give_out(self, context: Context, made: Made | None) -> None:
+        output = OutputContext(context)
+        if made is not None and not made.id and made.data is not None:
+            output._data = self._codec.decode(made.data)  # the task returned an OutputContext of its own
+        output._outcome = "output"
+        self.emit(output)
+
+    def _fail(self, context: Context, error: BaseException, attempts: int = 1) -> None:
+        """A root that fails on its way to a shard, or by what it does to shards."""
+        self._close(context, "failed", None)
+        self._failed(Failure(context, "source", attempts, error))
+
+    def _close(self, context: Context, outcome: str, counts: dict[str, int] | None) -> None:
+        """A root and what was made from it have ended."""
+        for name, number in ({outcome: 1} if counts is None else counts).items():
+            self.counts[name] += number
+        context._outcome = outcome
+        if context._token is not None:
+            context._token.release()
+        del self._living[context]
+
+    def _failed(self, failure: Failure) -> None:
+        context = failure.context
+        context._error = failure.exception
+        more_of(context).error_task = failure.task
+        if self.failures_kept is None or self.failures_kept:
+            if self.failures_kept is not None and len(self.failures) >= self.failures_kept:
+                self.failures.popleft()
+            self.failures.append(failure)
+        if self.facts.context_failed is not None:
+            self.facts.context_failed(context, failure, None, self.clock())
+        if self.config.on_failure == "raise":
+            self.end_early("failure", None)
+
+    def _stalled(self, stall: Stall) -> None:
+        self.stalls.append(stall)
+        if self.facts.context_stalled is not None:
+            self.facts.context_stalled(stall.context, stall, self.clock())
+
+
+def _nobody(output: OutputContext) -> None:
+    """Nobody is interested."""

@@ -1,0 +1,203 @@
+"""`RayExecutor`: `run` and `stream` of a DAG on shards, each an ordinary engine in a Ray actor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from obsdag.config import ExecutorConfig
+from obsdag.context import OutputContext
+from obsdag.core.records import Failure, Stall
+from obsdag.errors import ConfigError
+from obsdag.executor import RunResult, _early_error
+from obsdag.inputs import Inputs, open_inputs
+from obsdag.mailbox import see_through
+from obsdag.ray.cluster import Cluster, carry_dag, is_off, pack_config
+from obsdag.ray.driver import Driver
+from obsdag.ray.fleet import Fleet
+from obsdag.ray.wire import Codec
+
+if TYPE_CHECKING:
+    from obsdag.graph import DAG
+
+__all__ = ["RayExecutor", "RayStream"]
+
+
+class RayStream(AsyncIterator[OutputContext]):
+    """The outputs of a run as they come; `counts`, `failures` and `stalled` tell how it stands. As OutputStream."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._ready: deque[OutputContext] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        driver.emit = self._emit
+
+    def _emit(self, output: OutputContext) -> None:
+        self._ready.append(output)
+        self._driver.buffered += 1
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def __anext__(self) -> OutputContext:
+        driver = self._driver
+        while not self._ready:
+            if driver.done.done():
+                if driver.early:
+                    raise _early_error(driver, None)  # type: ignore[arg-type]
+                raise StopAsyncIteration
+            self._waiter = driver.loop.create_future()
+            await asyncio.wait([self._waiter, driver.done], return_when=asyncio.FIRST_COMPLETED)
+        if driver.buffered == driver.config.max_live_contexts:
+            driver.pump_soon()
+        driver.buffered -= 1
+        return self._ready.popleft()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """`entered` and each outcome so far."""
+        return self._driver.counts
+
+    @property
+    def failures(self) -> list[Failure]:
+        """The newest failures, `failures_kept` at most (1,000)."""
+        return list(self._driver.failures)
+
+    @property
+    def stalled(self) -> list[Stall]:
+        """Why contexts could not go on."""
+        return self._driver.stalls
+
+
+class RayExecutor:
+    """Runs a DAG on a Ray cluster: roots are dealt out to `shards` actors, each running the ordinary engine.
+
+    config: as for `Executor`; `max_live_contexts`, workers, pools and limits count for each shard, `deadline`,
+    `on_failure`, `failures_kept` and `observers` (of failures, stalls and clean-up) for the run on the driver.
+    shards: their number. address: None takes this process's connection to Ray, or starts a cluster on this machine for
+    as long as it is needed; "local" always does; "auto" or "host:port" joins one. insecure: takes an address that
+    others can reach although it asks for no token. shard_options: for each actor, as Ray's `.options(...)` takes them.
+    allow_pickle: data that has no form of its own crosses pickled. Telemetry.off() silences the shards, which else log
+    warnings and errors to their standard error.
+
+    A shard that dies is replaced; its roots run again elsewhere, at least once, with one outcome each. Limits are of
+    each shard. `async with executor:` keeps connection and shards over several runs. Raises ConfigError, GraphError.
+    """
+
+    def __init__(
+        self,
+        dag: DAG,
+        config: ExecutorConfig | None = None,
+        *,
+        shards: int = 2,
+        address: str | None = None,
+        insecure: bool = False,
+        shard_options: Mapping[str, Any] | None = None,
+        allow_pickle: bool = False,
+    ) -> None:
+        self.dag = dag
+        self.plan = dag.build()
+        self.config = config if config is not None else ExecutorConfig()
+        self.codec = Codec(allow_pickle)
+        if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+            raise ConfigError(f"shards must be a whole number >= 1, not {shards!r}")
+        if self.config.journal is not None or not (self.config.telemetry is None or is_off(self.config)):
+            raise ConfigError("RayExecutor has neither journal nor telemetry yet: use Executor, or leave them out")
+        options = dict(shard_options or {})
+        cluster = Cluster(address, insecure, shards * float(options.get("num_cpus") or 1))
+        self._fleet = Fleet(cluster, carry_dag(dag), pack_config(self.config, self.codec), shards, options)
+
+    # --- running
+
+    async def run(self, input_context: Inputs = None) -> RunResult:
+        """Runs the inputs to their end and returns the outputs, in the order in which the driver hears of them (E2).
+
+        Takes and raises what `Executor.run` does, and PoolError when no shard can be had or kept.
+        """
+        result = RunResult()
+        async with self._driving(input_context, result) as driver:
+            driver.emit = result.append
+            deadline = self._arm_deadline(driver)
+            try:
+                driver.begin()
+                await driver.done
+            except asyncio.CancelledError as error:
+                driver.end_early("cancelled", error)
+                raise
+            finally:
+                if deadline is not None:
+                    deadline.cancel()
+        if driver.early:
+            raise _early_error(driver, result)  # type: ignore[arg-type]
+        return result
+
+    def run_sync(self, input_context: Inputs = None) -> RunResult:
+        """`run` for scripts. Raises RuntimeError inside a running event loop."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass  # outside of this block, or each exception of the run would have this one as its context
+        else:
+            raise RuntimeError("run_sync cannot be used inside a running event loop: use `await executor.run(...)`")
+        return asyncio.run(self.run(input_context))
+
+    @asynccontextmanager
+    async def stream(self, inputs: Inputs) -> AsyncIterator[RayStream]:
+        """Runs the inputs and gives out outputs as they come (E3). Leaving early ends the run (E9).
+
+        Whatever the number of inputs, each shard has at most `max_live_contexts` contexts and 2,000 roots that wait.
+        """
+        async with self._driving(inputs, RunResult()) as driver:
+            driver.failures_kept = self.config.failures_kept
+            outputs = RayStream(driver)
+            deadline = self._arm_deadline(driver)
+            try:
+                driver.begin()
+                yield outputs
+            finally:
+                if deadline is not None:
+                    deadline.cancel()
+                if not driver.done.done():
+                    driver.end_early("left", None)
+        if driver.early not in ("", "left"):
+            raise _early_error(driver, None)  # type: ignore[arg-type]
+
+    @asynccontextmanager
+    async def _driving(self, inputs: Inputs, result: RunResult) -> AsyncIterator[Driver]:
+        opened = open_inputs(inputs)
+        self._fleet.enter()
+        try:
+            driver = Driver(self._fleet, self.config, self.codec, opened)
+            try:
+                yield driver
+            finally:
+                end = driver.clock()
+                await see_through(driver.close())
+                self._note(driver, result, end)
+        finally:
+            await see_through(self._fleet.leave(self.config.shutdown_grace))
+
+    def _note(self, driver: Driver, result: RunResult, end: float) -> None:
+        result.failures, result.counts, result.stalled = list(driver.failures), driver.counts, driver.stalls
+        result.duration_s = 0.0 if driver.first_entered is None else max(end - driver.first_entered, 0.0)
+        result.cleanup_errors, result.abandoned = driver.cleanup_errors, driver.abandoned
+
+    def _arm_deadline(self, driver: Driver) -> asyncio.TimerHandle | None:
+        if self.config.deadline is None:
+            return None
+        return driver.loop.call_later(self.config.deadline, driver.end_early, "deadline", None)
+
+    # --- keeping the shards
+
+    async def __aenter__(self) -> Self:
+        """Keeps the connection and the shards until the block ends."""
+        self._fleet.enter()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await see_through(self._fleet.leave(self.config.shutdown_grace))

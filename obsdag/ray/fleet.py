@@ -1,0 +1,81 @@
+"""The shards of an executor between runs: started when a run needs them, kept if the executor is kept open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from obsdag.ray.cluster import Cluster, ShardDied, ShardRaised
+
+__all__ = ["Fleet", "Member"]
+
+
+class Member(NamedTuple):
+    """A shard: its name, which no other shard of the executor ever has, and its actor."""
+
+    name: str
+    actor: Any
+
+
+class Fleet:
+    """The shards of one executor. shards: how many a run has. options: of Ray, for each actor.
+
+    States: nobody uses it -> (enter) connected -> (leave) not connected, no actor left.
+    """
+
+    def __init__(self, cluster: Cluster, dag: Any, config: bytes, shards: int, options: Mapping[str, Any]) -> None:
+        self.shards = shards
+        self._cluster = cluster
+        self._carried = dag, config
+        self._options = dict(options)
+        self._idle: list[Member] = []
+        self._users = 0
+        self._number = 0
+
+    def enter(self) -> None:
+        """Connects, for the first user."""
+        self._cluster.acquire()
+        self._users += 1
+
+    async def leave(self, grace_s: float) -> None:
+        """For the last user: idle shards close what they hold, for `grace_s` seconds at most, and end."""
+        self._users -= 1
+        if self._users:
+            return
+        idle, self._idle = self._idle, []
+        try:
+            await asyncio.gather(*(self._close(member, grace_s) for member in idle))
+        finally:
+            for member in idle:
+                self.drop(member)
+            self._cluster.release()
+
+    async def _close(self, member: Member, grace_s: float) -> None:
+        with contextlib.suppress(TimeoutError, ShardDied, ShardRaised):
+            async with asyncio.timeout(grace_s):
+                await member.actor.close.remote()
+
+    def take(self) -> list[Member]:
+        """The shards for a run: idle ones, and new ones."""
+        taken, self._idle = self._idle[: self.shards], self._idle[self.shards :]
+        return taken + [self.start() for _ in range(self.shards - len(taken))]
+
+    def start(self) -> Member:
+        """A new shard, on its way."""
+        self._number += 1
+        dag, config = self._carried
+        return Member(f"shard-{self._number}", self._cluster.start(dag, config, self._options))
+
+    def give_back(self, member: Member) -> None:
+        """A run is done with it."""
+        self._idle.append(member)
+
+    def drop(self, member: Member) -> None:
+        """It is dead, or has to be."""
+        self._cluster.kill(member.actor)
+
+    def shortage(self) -> str:
+        """What the cluster has, in words."""
+        return self._cluster.shortage()

@@ -1,0 +1,111 @@
+"""DAGs that shards import."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from obsdag import DAG, Context
+
+mixed = DAG("mixed")
+"""Outputs, failures, drops, children, a map with its join: every outcome but cancelled."""
+
+
+@mixed.task
+async def grow(context: Context) -> Context:
+    context["x"] = context["x"] + 1
+    return context
+
+
+@mixed.task(after=grow, may_drop=True)
+def sort_out(context: Context) -> Any:
+    x = context["x"]
+    if x % 10 == 0:
+        raise ValueError(f"bad {x}")
+    if x % 7 == 0:
+        children = context.create_child(2)
+        for child in children:
+            child["x"] = x
+        return children
+    return None if x % 11 == 0 else context
+
+
+@mixed.map(after=sort_out)
+def parts(context: Context) -> Iterator[Any]:
+    for number in range(3):
+        child = context.create_child()
+        child["part"] = number
+        yield child
+
+
+@mixed.task(after=parts, retry_times=2)
+async def flaky(context: Context) -> Context:
+    if context.attempt == 1 and context["part"] == 1:
+        raise OSError("once")
+    return context
+
+
+@mixed.join(after=flaky)
+def total(context: Context, children: list[Context]) -> Context:
+    context["total"] = sum(child["part"] for child in children)
+    return context
+
+
+slow = DAG("slow")
+"""A map of parts that take their time and are retried, and their join; and the process in which it ran."""
+
+
+@slow.map
+def split(context: Context) -> Iterator[Any]:
+    for number in range(3):
+        child = context.create_child()
+        child["part"] = number
+        yield child
+
+
+@slow.task(after=split, retry_times=3, retry_interval=0.02)
+async def work(context: Context) -> Context:
+    await asyncio.sleep(0.005)
+    if context.attempt == 1:
+        raise OSError("the first attempt always fails")
+    return context
+
+
+@slow.join(after=work)
+def gather(context: Context, children: list[Context]) -> Context:
+    context["parts"] = sorted(child["part"] for child in children)
+    context["pid"] = os.getpid()
+    return context
+
+
+deadly = DAG("deadly")
+
+
+@deadly.task
+async def die(context: Context) -> Context:
+    if context["x"] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    await asyncio.sleep(0.001)
+    return context
+
+
+odd = DAG("odd")
+
+
+@odd.task
+def strange(context: Context) -> Context:
+    if context["x"] == 3:
+        context["thing"] = object()
+    return context
+
+
+stuck = DAG("stuck")
+
+
+@stuck.task
+async def wait(context: Context) -> Context:
+    await asyncio.sleep(3600)
+    return context

@@ -1,0 +1,163 @@
+"""Runs on a real Ray cluster of several nodes on this machine: the same counts as locally, whatever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from obsdag import Context, DeadlineExceeded, Executor, ExecutorConfig, OutputContext, RunFailed
+from obsdag.errors import PoolError
+from tests.shards import dags
+
+pytest.importorskip("ray", reason="needs Ray: pip install 'obsdag[ray]'")
+from obsdag.ray import RayExecutor
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.leaves("processes", "nodes that a test before killed are added again"),
+    pytest.mark.leaves(
+        "files", "the connection to Ray opens sockets to its processes as they are needed, and keeps them"
+    ),
+]
+
+PLACE = {"resources": {"shard": 1}, "num_cpus": 1}
+PARALLEL = ExecutorConfig(context_worker_num=8, task_worker_num=0)
+
+
+def executor(dag: Any, config: ExecutorConfig = PARALLEL, shards: int = 2) -> RayExecutor:
+    return RayExecutor(dag, config, shards=shards, shard_options=PLACE)
+
+
+def numbers(count: int) -> Iterator[dict[str, int]]:
+    return ({"x": number} for number in range(count))
+
+
+def shown(outputs: list[OutputContext]) -> list[str]:
+    return sorted(repr(sorted(output.to_dict().items())) for output in outputs)
+
+
+async def test_E15_outputs_counts_and_failures_are_those_of_a_local_run(nodes: Any) -> None:
+    local = await Executor(dags.mixed, config=PARALLEL).run(numbers(1500))
+
+    async with executor(dags.mixed) as shards:
+        for _ in range(2):
+            result = await shards.run(numbers(1500))
+
+            assert result.counts == local.counts
+            assert shown(result) == shown(local)
+            assert sorted(str(each.exception) for each in result.failures) == sorted(
+                str(each.exception) for each in local.failures
+            )
+            assert {each.task for each in result.failures} == {"sort_out"}
+            assert not result.stalled
+            assert not result.cleanup_errors
+
+
+async def test_a_context_that_was_given_is_the_one_that_comes_out(nodes: Any) -> None:
+    given = [Context(None, {"x": number}, f"n{number}") for number in (0, 1, 6, 9)]
+
+    result = await executor(dags.mixed).run(given)
+
+    by_id = {each.id: each for each in given}
+    for output in result:
+        if output.context is not None and output.context.parent is None:
+            assert output.context is by_id[output.id]
+        else:
+            assert output.context is not None
+            assert output.context.root is by_id["n6"]
+    assert [each.outcome for each in given] == ["output", "output", "split", "failed"]
+    assert given[3].error_info.error_node == "sort_out"
+    assert given[0]["total"] == 3
+
+
+async def test_a_stream_of_an_async_input_gives_all_outputs(nodes: Any) -> None:
+    async def inputs() -> AsyncIterator[dict[str, int]]:
+        for number in range(700):
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+            yield {"x": number}
+
+    local = await Executor(dags.mixed, config=PARALLEL).run(numbers(700))
+    async with executor(dags.mixed).stream(inputs()) as outputs:
+        found = [output async for output in outputs]
+
+    assert outputs.counts == local.counts
+    assert shown(found) == shown(local)
+
+
+async def test_E9_a_stream_that_is_left_ends_what_runs(nodes: Any) -> None:
+    async with executor(dags.slow).stream({"x": 1} for _ in iter(int, 1)) as outputs:
+        async for _ in outputs:
+            break
+
+    assert outputs.counts["cancelled"] > 0
+    assert outputs.counts["entered"] >= sum(outputs.counts.values()) - outputs.counts["entered"]
+
+
+async def test_E9_a_deadline_ends_a_run(nodes: Any) -> None:
+    with pytest.raises(DeadlineExceeded) as caught:
+        await executor(dags.stuck, ExecutorConfig(deadline=4.0, shutdown_grace=2.0)).run(numbers(4))
+
+    assert caught.value.result is not None
+    assert caught.value.result.counts["cancelled"] == 2, "one for each worker"
+
+
+async def test_E6_a_failure_ends_a_run_that_says_so(nodes: Any) -> None:
+    with pytest.raises(RunFailed, match="bad"):
+        await executor(dags.mixed, ExecutorConfig(on_failure="raise")).run(numbers(100))
+
+
+async def test_data_that_cannot_cross_fails_its_own_context(nodes: Any) -> None:
+    result = await executor(dags.odd).run([*numbers(5), {"x": 7, "odd": object()}])
+
+    assert result.counts == {**result.counts, "entered": 6, "output": 4, "failed": 2}
+    assert {each.task for each in result.failures} == {"source", "sink"}
+    assert all("object" in str(each.exception) for each in result.failures)
+
+
+async def test_what_shards_die_of_is_found_and_failed(nodes: Any) -> None:
+    result = await executor(dags.deadly, ExecutorConfig(context_worker_num=4)).run(numbers(40))
+
+    assert result.counts == {**result.counts, "entered": 40, "output": 39, "failed": 1}
+    assert isinstance(result.failures[0].exception, PoolError)
+    assert result.failures[0].context["x"] == 5
+
+
+async def _run_and_kill(count: int, kill: Any, after: int) -> tuple[list[OutputContext], dict[str, int]]:
+    """A stream of `slow`; `kill` is called with the first pid of a shard, when `after` outputs have come."""
+    found: list[OutputContext] = []
+    async with executor(dags.slow).stream({"x": number} for number in range(count)) as outputs:
+        async for output in outputs:
+            found.append(output)
+            if len(found) == after:
+                kill(output["pid"])
+    return found, outputs.counts
+
+
+def _check(found: list[OutputContext], counts: dict[str, int], count: int) -> None:
+    assert sorted(output["x"] for output in found) == list(range(count)), "each root has exactly one outcome"
+    assert all(output["parts"] == [0, 1, 2] for output in found)
+    assert counts == {**dict.fromkeys(counts, 0), "entered": 4 * count, "output": count, "merged": 3 * count}
+
+
+@pytest.mark.parametrize("after", [1, 60, 150])
+async def test_a_shard_killed_during_joins_and_retries_costs_no_root(nodes: Any, after: int) -> None:
+    found, counts = await _run_and_kill(200, lambda pid: os.kill(pid, signal.SIGKILL), after)
+
+    _check(found, counts, 200)
+    assert len({output["pid"] for output in found}) >= 2
+
+
+@pytest.mark.parametrize("after", [1, 60, 150])
+async def test_a_node_killed_during_joins_and_retries_costs_no_root(nodes: Any, after: int) -> None:
+    def kill_node(pid: int) -> None:
+        nodes.remove_node(sorted(nodes.worker_nodes, key=lambda node: node.node_id)[0], allow_graceful=False)
+
+    found, counts = await _run_and_kill(200, kill_node, after)
+
+    _check(found, counts, 200)
