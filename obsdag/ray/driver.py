@@ -75,6 +75,8 @@ class Driver:
         self._living: dict[Context, None] = {}
         self._number = 0
         self._members: dict[str, Member] = {}
+        self._attending: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stillborn = 0
         self._budget = 0
@@ -92,14 +94,19 @@ class Driver:
         """Starts the run on all shards of the fleet."""
         self._await_a_shard()
         for member in self._fleet.take():
-            self._spawn(self._attend(member))
+            self._take_in(member)
         if self._feeding is not None:
             self._spawn(self._feed(self._feeding))
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = self.loop.create_task(coroutine)
+    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self.loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
+        return task
+
+    def _take_in(self, member: Member) -> None:
+        self._members[member.name] = member
+        self._attending[member.name] = self._spawn(self._attend(member))
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -124,34 +131,37 @@ class Driver:
             await asyncio.wait(tasks)
         if self._feeding is not None and hasattr(self._feeding, "aclose"):
             await self._feeding.aclose()
-        await asyncio.gather(*(self._end(member) for member in list(self._members.values())))
+        await asyncio.gather(*(self._let_go(member) for member in list(self._members.values())))
         for context in list(self._living):
             self._close(context, "cancelled", None)
 
-    async def _end(self, member: Member) -> None:
-        """Tells a shard that the run is over; one that does not answer, or never began, is killed."""
+    async def _let_go(self, member: Member) -> None:
+        if await self._end(member):
+            self._fleet.give_back(member)
+
+    async def _end(self, member: Member) -> bool:
+        """Tells a shard that the run is over for it; one that does not answer, or never began, is killed: False."""
         if member.name not in self.sharding.shards:
             self._fleet.drop(member)
-            return
+            return False
         try:
             async with asyncio.timeout(self.config.shutdown_grace + 5.0):
                 told = await member.actor.end.remote(bool(self.early))
         except (TimeoutError, ShardDied, ShardRaised):
             self._fleet.drop(member)
-            return
+            return False
         self.abandoned += [f"{member.name}: {each}" for each in told["abandoned"]]
         for what, error in told["cleanup_errors"]:
             found = unpack_error(RemoteFailure(*error))
             self.cleanup_errors.append((what, found))
             if self.facts.cleanup_failed is not None:
                 self.facts.cleanup_failed(what, found)
-        self._fleet.give_back(member)
+        return True
 
     # --- a shard's life
 
     async def _attend(self, member: Member) -> None:
         """From a shard's start to its death, or the run's end."""
-        self._members[member.name] = member
         shard: Shard | None = None
         try:
             asks = await member.actor.begin.remote()
@@ -166,6 +176,9 @@ class Driver:
                 if answers.fault is not None:
                     self.end_early("error", unpack_error(answers.fault))
                     return
+                if shard.leaving and not shard.roots:
+                    await self._see_off(member)
+                    return
         except ShardDied as error:
             self._shard_died(member, shard, error)
         except ShardRaised as error:
@@ -173,6 +186,7 @@ class Driver:
 
     def _shard_died(self, member: Member, shard: Shard | None, error: Exception) -> None:
         """Its roots go to others, and another shard takes its place."""
+        del self._attending[member.name]
         self._fleet.drop(self._members.pop(member.name))
         self._stillborn = self._stillborn + 1 if shard is None or not shard.roots else 0
         if shard is not None:
@@ -183,8 +197,42 @@ class Driver:
             self.end_early("error", PoolError(f"shards die one after the other, without any work: {error}"))
             return
         self._await_a_shard()
-        self._spawn(self._attend(self._fleet.start()))
+        self.resize()
+
+    def resize(self) -> None:
+        """Starts shards, or lets some go, until there are as many as the fleet is to have.
+
+        One that goes gets nothing more, and is gone when it has answered what it has.
+        """
+        if self.early or self.done.done():
+            return
+        staying = [member for member in self._members.values() if member.name not in self._leaving]
+        for _ in range(self._fleet.shards - len(staying)):
+            self._take_in(self._fleet.start())
+        staying.sort(key=self._load)
+        for member in staying[: max(len(staying) - self._fleet.shards, 0)]:
+            self._leaving.add(member.name)
+            shard = self.sharding.shards.get(member.name)
+            if shard is not None:
+                self.sharding.retire(shard)
+            if shard is None or not shard.roots:  # it has nothing to say any more
+                self._attending[member.name].cancel()
+                self._spawn(self._see_off(member))
         self._pump()
+
+    def _load(self, member: Member) -> int:
+        """Roots that it has; one that is not there yet goes first."""
+        shard = self.sharding.shards.get(member.name)
+        return -1 if shard is None else len(shard.roots)
+
+    async def _see_off(self, member: Member) -> None:
+        """A shard that has nothing to do, and is to have nothing, ends."""
+        if await self._end(member):
+            await self._fleet.close(member, self.config.shutdown_grace)
+        shard = self.sharding.shards.get(member.name)
+        if shard is not None:
+            self.sharding.leave(shard)
+        del self._members[member.name], self._attending[member.name]
 
     def _await_a_shard(self) -> None:
         if self._alarm is None:

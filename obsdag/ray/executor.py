@@ -102,13 +102,13 @@ class RayExecutor:
         self.plan = dag.build()
         self.config = config if config is not None else ExecutorConfig()
         self.codec = Codec(allow_pickle)
-        if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-            raise ConfigError(f"shards must be a whole number >= 1, not {shards!r}")
+        _check_shards(shards)
         if self.config.journal is not None or not (self.config.telemetry is None or is_off(self.config)):
             raise ConfigError("RayExecutor has neither journal nor telemetry yet: use Executor, or leave them out")
         options = dict(shard_options or {})
         cluster = Cluster(address, insecure, shards * float(options.get("num_cpus") or 1))
         self._fleet = Fleet(cluster, carry_dag(dag), pack_config(self.config, self.codec), shards, options)
+        self._drivers: list[Driver] = []
 
     # --- running
 
@@ -171,9 +171,11 @@ class RayExecutor:
         self._fleet.enter()
         try:
             driver = Driver(self._fleet, self.config, self.codec, opened)
+            self._drivers.append(driver)
             try:
                 yield driver
             finally:
+                self._drivers.remove(driver)
                 end = driver.clock()
                 await see_through(driver.close())
                 self._note(driver, result, end)
@@ -190,7 +192,23 @@ class RayExecutor:
             return None
         return driver.loop.call_later(self.config.deadline, driver.end_early, "deadline", None)
 
-    # --- keeping the shards
+    # --- the shards
+
+    @property
+    def shards(self) -> int:
+        """How many there are to be."""
+        return self._fleet.shards
+
+    def scale(self, shards: int) -> None:
+        """From now on there are to be `shards` of them, in runs that go on, too; on the event loop of these.
+
+        New ones start as soon as the cluster has room, which its autoscaler may make; those that go first answer what
+        they have. Raises ConfigError.
+        """
+        _check_shards(shards)
+        self._fleet.shards = shards
+        for driver in self._drivers:
+            driver.resize()
 
     async def __aenter__(self) -> Self:
         """Keeps the connection and the shards until the block ends."""
@@ -201,3 +219,8 @@ class RayExecutor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await see_through(self._fleet.leave(self.config.shutdown_grace))
+
+
+def _check_shards(shards: Any) -> None:
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        raise ConfigError(f"shards must be a whole number >= 1, not {shards!r}")

@@ -46,16 +46,18 @@ class Fleet:
             return
         idle, self._idle = self._idle, []
         try:
-            await asyncio.gather(*(self._close(member, grace_s) for member in idle))
+            await asyncio.gather(*(self.close(member, grace_s) for member in idle))
         finally:
-            for member in idle:
-                self.drop(member)
             self._cluster.release()
 
-    async def _close(self, member: Member, grace_s: float) -> None:
-        with contextlib.suppress(TimeoutError, ShardDied, ShardRaised):
-            async with asyncio.timeout(grace_s):
-                await member.actor.close.remote()
+    async def close(self, member: Member, grace_s: float) -> None:
+        """Ends a shard that has no run: it closes what it holds, for `grace_s` seconds at most."""
+        try:
+            with contextlib.suppress(TimeoutError, ShardDied, ShardRaised):
+                async with asyncio.timeout(grace_s):
+                    await member.actor.close.remote()
+        finally:
+            self.drop(member)
 
     def take(self) -> list[Member]:
         """The shards for a run: idle ones, and new ones."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -33,8 +34,8 @@ def executor(dag: Any, config: ExecutorConfig = PARALLEL, shards: int = 2) -> Ra
     return RayExecutor(dag, config, shards=shards, shard_options=PLACE)
 
 
-def numbers(count: int) -> Iterator[dict[str, int]]:
-    return ({"x": number} for number in range(count))
+def numbers(end: int) -> Iterator[dict[str, int]]:
+    return ({"x": number} for number in range(end))
 
 
 def shown(outputs: list[OutputContext]) -> list[str]:
@@ -128,10 +129,10 @@ async def test_what_shards_die_of_is_found_and_failed(nodes: Any) -> None:
     assert result.failures[0].context["x"] == 5
 
 
-async def _run_and_kill(count: int, kill: Any, after: int) -> tuple[list[OutputContext], dict[str, int]]:
+async def _run_and_kill(number: int, kill: Any, after: int) -> tuple[list[OutputContext], dict[str, int]]:
     """A stream of `slow`; `kill` is called with the first pid of a shard, when `after` outputs have come."""
     found: list[OutputContext] = []
-    async with executor(dags.slow).stream({"x": number} for number in range(count)) as outputs:
+    async with executor(dags.slow).stream({"x": x} for x in range(number)) as outputs:
         async for output in outputs:
             found.append(output)
             if len(found) == after:
@@ -139,10 +140,10 @@ async def _run_and_kill(count: int, kill: Any, after: int) -> tuple[list[OutputC
     return found, outputs.counts
 
 
-def _check(found: list[OutputContext], counts: dict[str, int], count: int) -> None:
-    assert sorted(output["x"] for output in found) == list(range(count)), "each root has exactly one outcome"
+def _check(found: list[OutputContext], counts: dict[str, int], number: int) -> None:
+    assert sorted(output["x"] for output in found) == list(range(number)), "each root has exactly one outcome"
     assert all(output["parts"] == [0, 1, 2] for output in found)
-    assert counts == {**dict.fromkeys(counts, 0), "entered": 4 * count, "output": count, "merged": 3 * count}
+    assert counts == {**dict.fromkeys(counts, 0), "entered": 4 * number, "output": number, "merged": 3 * number}
 
 
 @pytest.mark.parametrize("after", [1, 60, 150])
@@ -161,3 +162,52 @@ async def test_a_node_killed_during_joins_and_retries_costs_no_root(nodes: Any, 
     found, counts = await _run_and_kill(200, kill_node, after)
 
     _check(found, counts, 200)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_shards_come_and_go_while_a_run_goes_on(nodes: Any) -> None:
+    shards = executor(dags.slow, shards=1)
+    found: list[OutputContext] = []
+    async with shards.stream({"x": number} for number in count()) as outputs:
+        wanted, pids, gone = True, [], False
+        async for output in outputs:
+            found.append(output)
+            if output["pid"] not in pids:
+                pids.append(output["pid"])
+            if len(found) == 20:
+                shards.scale(2)
+            elif len(pids) == 2 and wanted:
+                wanted = False
+                shards.scale(1)
+            gone = gone or (len(pids) == 2 and not all(map(_alive, pids)))
+            if gone:
+                break
+
+    assert gone, "the shard that went has ended while the other went on"
+    assert len({output["x"] for output in found}) == len(found)
+
+
+async def test_a_run_that_shrinks_and_grows_loses_no_root(nodes: Any) -> None:
+    shards = executor(dags.slow, shards=2)
+    found: list[OutputContext] = []
+    async with shards:
+        async with shards.stream(numbers(200)) as outputs:
+            async for output in outputs:
+                found.append(output)
+                if len(found) in (30, 110):
+                    shards.scale(1)
+                elif len(found) == 70:
+                    shards.scale(2)
+
+        assert shards.shards == 1
+        again = await shards.run(numbers(20))
+
+    _check(found, outputs.counts, 200)
+    _check(again, again.counts, 20)
