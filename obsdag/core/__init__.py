@@ -9,8 +9,9 @@ Layers, from the ground up:
     observer    the Observer protocol and the fan-out to several of them
     queue       three lanes and the timer heap
     base        fields of a run, bookkeeping of states, the conservation law
-    lifecycle   holds, lending, ends, cascades
+    lifecycle   holds, ends, cascades
     waits       limits, retries, timers, freezes
+    lending     branches lent to children, and handed back
     progress    executions, completed tasks, dead edges
     joins       joins, and what nothing holds any more
     sources     loops and maps that are pulled

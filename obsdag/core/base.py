@@ -102,6 +102,7 @@ class RunBase:
         self.cause: Execution | None = None
         self._work: list[Context] = []
         self._touched: list[Lend] = []
+        self._unreturned: dict[Execution, None] = {}  # abandoned, and tried again when they have returned (T13)
         self._freezes: dict[Context, None] = {}  # what the run knows; `_frozen` is what was asked for last
         self._grants: deque[LimitRequest] = deque()
         self.reserved = 0

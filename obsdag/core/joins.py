@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obsdag.context import Context
-from obsdag.core.base import _DISCARDED, alive, more_of
+from obsdag.core.base import alive, more_of
 from obsdag.core.progress import Progress
 from obsdag.core.records import Execution, Lend, More, Stall
 from obsdag.errors import TaskError
@@ -66,7 +66,9 @@ class Joins(Progress):
         parent = lend.parent
         if lend.joining >= 0:
             return True
-        if lend.pulling or parent._outcome is not None or parent._state == _DISCARDED or not lend.keeps:
+        if lend.pulling or not alive(parent) or not lend.keeps:
+            return False
+        if (more_of(parent).lends or {}).get(lend.index) is not lend:  # it was handed back
             return False
         join = self._join_for(lend)
         branches = self._branches_at(parent, join) if join is not None else []
@@ -90,6 +92,8 @@ class Joins(Progress):
         for lend in (more_of(parent).lends or {}).values():
             if not lend.mask & self.plan.bit[join]:
                 continue
+            if lend.joining >= 0:
+                return []
             target = None if lend.pulling else self._join_for(lend)
             if target != join and (lend.pulling or lend.living or target is not None):
                 return []
@@ -198,9 +202,12 @@ class Joins(Progress):
             more.lend.living -= leaves
             self._touched.append(more.lend)
         if leaves:
+            if more.lend is not None and more.lend.keeps:
+                more.lend.children.remove(child)
             more.arrived_at = -1
             more.lend = None
             self._recompute_parked(child)
+            self._offer(child, self._due_joins(child), now)
 
     # --- the last hold is lost (C6)
 

@@ -1,4 +1,4 @@
-"""Entering, holds, lending and ending: how a context lives (SEMANTICS C5, C6, C8, C9, E11, E12).
+"""Entering, holds and ending: how a context lives (SEMANTICS C6, C8, C9, E11, E12).
 
 Holds. `context._holds` counts what keeps a context alive beside its queue place (`_place`), its executions
 (`_running`) and ready tasks: timers, limit waits, a freeze, open pulls, and children. A child holds its nearest living
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from obsdag.context import OutputContext
 from obsdag.core.base import _DISCARDED, _KIND_INDEX, _OUTCOME_INDEX, _QUEUED, _RUNNING, RunBase, alive, more_of
 from obsdag.core.queue import CONTINUING, IDLE, NEW, QUEUED, VISITED
-from obsdag.core.records import Failure, Lend, Scope, Stall
+from obsdag.core.records import Failure, Scope, Stall
 from obsdag.core.states import STATES
 from obsdag.errors import ContextError, DeadlineExceeded
 
@@ -195,9 +195,11 @@ class Lifecycle(RunBase):
         if joins and context._more is not None and (lend := context._more.lend) is not None:
             joins &= lend.mask
             if joins:
+                ready &= ~joins
+                if context._more.arrived_at >= 0:  # the first of those that are ready
+                    joins |= plan.bit[context._more.arrived_at]
                 context._more.arrived_at = (joins & -joins).bit_length() - 1
                 context._parked |= joins
-                ready &= ~joins
         context._ready |= ready
 
     def _output(self, context: Context, now: float, output: OutputContext | None = None) -> None:
@@ -433,55 +435,6 @@ class Lifecycle(RunBase):
         if self.facts.context_stalled is not None:
             self.facts.context_stalled(context, stall, now)
         self._end(context, "stalled", now)
-
-    # --- lending (C5)
-
-    def _lend(self, parent: Context, index: int, now: float) -> Lend:
-        """The open lent branch of `parent` at task `index`, opened now if it is not."""
-        more = more_of(parent)
-        if more.lends is None:
-            more.lends = {}
-        lend = more.lends.get(index)
-        if lend is None:
-            mask = self.plan.descendants[index]
-            lend = more.lends[index] = Lend(parent, index, mask, bool(mask & self.plan.joins))
-            parent._parked |= mask
-            parent._ready &= ~mask
-            more.plain = False
-        parent._done |= self.plan.bit[index]
-        return lend
-
-    def _join_lend(self, child: Context, lend: Lend) -> None:
-        """Makes a living child of the lending context part of the branch."""
-        more = more_of(child)
-        if more.lend is None:
-            more.lend = lend
-            lend.living += 1
-            if lend.keeps:
-                lend.children.append(child)
-
-    def _close_lend(self, parent: Context, lend: Lend, last: int, now: float, returned: bool = True) -> None:
-        """The branch is handed back at task `last`: it, the lending task and those between are completed (C5).
-
-        Not `returned` (by a join): what was between is completed, and its own result says what becomes of the parent.
-        """
-        plan, more = self.plan, more_of(parent)
-        assert more.lends is not None
-        more.lends.pop(lend.index, None)
-        between = plan.descendants[lend.index] & plan.ancestors[last]
-        newly, ready = between | plan.bit[lend.index] | (plan.bit[last] if returned else 0), 0
-        parent._done |= newly
-        parent._ready &= ~newly
-        if more.arrived_at >= 0 and newly & plan.bit[more.arrived_at]:
-            more.arrived_at = -1  # the join of its own branch was among them
-        newly |= parent._done & lend.mask  # what was completed meanwhile released nothing below it
-        self._recompute_parked(parent)
-        blocked = plan.bit[last] | parent._done | parent._running | parent._parked | parent._ready
-        while newly:
-            low = newly & -newly
-            newly ^= low
-            ready |= self._ready_below(low.bit_length() - 1, parent._done) & ~blocked
-        self._offer(parent, ready, now)
 
     def _recompute_parked(self, context: Context) -> None:
         more = more_of(context)

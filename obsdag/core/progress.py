@@ -8,8 +8,8 @@ from typing import Final
 
 from obsdag.context import Context
 from obsdag.core.base import _DISCARDED, _RUNNING, more_of
+from obsdag.core.lending import Lending
 from obsdag.core.records import Execution
-from obsdag.core.waits import Waits
 from obsdag.plan import indices
 
 __all__ = ["RECORDS_PER_ROOT", "Progress"]
@@ -18,7 +18,7 @@ RECORDS_PER_ROOT: Final = 1000
 """Executions remembered per root for slack; the critical path itself needs no more than the chain of `released_by`."""
 
 
-class Progress(Waits):
+class Progress(Lending):
     """A context's way through the plan, as operations on its masks."""
 
     def _note_started(self, execution: Execution, now: float) -> None:
@@ -123,7 +123,7 @@ class Progress(Waits):
         closed = [(index, below) for below in plan.down_list[index] if not chosen & plan.bit[below]]
         for above, below in closed:  # grows while it is walked
             dead[below] = dead.get(below, 0) | plan.bit[above]
-            if dead[below] == plan.up[below]:
+            if dead[below] == plan.up[below] and not context._done & plan.bit[below]:
                 more.skipped |= plan.bit[below]
                 context._done |= plan.bit[below]
                 closed.extend((below, further) for further in plan.down_list[below])

@@ -116,8 +116,8 @@ class More:
     skipped: skipped tasks. dead: task -> mask of its dead in-edges (C4). lends: lent branches by the task that lent
     them (C5). lend: the lent branch this context belongs to. attempts: task -> failed attempts so far; first_try: task
     -> start of the first. requests: task -> its limit request, waiting or granted. timers: task -> armed timer.
-    limit/retry/service/pool: masks of tasks in that waiting state; room, source: pulls in that state. kept_at: the
-    task at which a frozen context was kept (T3), -1 for none. pending_end: outcome of a discarded context that is kept
+    limit/retry/service/pool: masks of tasks in that waiting state; room, source: pulls in that state. kept: those
+    at which a frozen context was kept (T3). pending_end: outcome of a discarded context that is kept
     readable (E11). pulls: open loops and maps. arrived_at: the join that is ready on it, -1 for none; arrived: it
     waits there and no longer holds its parent. error_task: where it failed. deadline: the timer of a root's deadline.
     plain: nothing in here matters to an execution that returns its own context. released: task -> the execution that
@@ -134,7 +134,7 @@ class More:
         "error_task",
         "first_try",
         "holder",
-        "kept_at",
+        "kept",
         "lend",
         "lends",
         "limit",
@@ -164,7 +164,7 @@ class More:
         self.timers: dict[int, Timer] | None = None
         self.limit = self.retry = self.service = self.pool = 0
         self.room = self.source = 0
-        self.kept_at = -1
+        self.kept = 0
         self.pending_end: str | None = None
         self.pulls: dict[int, Pull] | None = None
         self.arrived_at = -1

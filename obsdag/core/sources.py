@@ -15,6 +15,7 @@ from obsdag.core.base import _DISCARDED, more_of
 from obsdag.core.joins import Joins
 from obsdag.core.queue import IDLE, LOOP, QUEUED
 from obsdag.core.records import Execution, Lend, More, Pull
+from obsdag.plan import indices
 
 if TYPE_CHECKING:
     pass
@@ -165,6 +166,7 @@ class Sources(Joins):
     def _admit_item(self, execution: Execution, pull: Pull, item: Context, now: float) -> None:
         if item is pull.context:
             self._complete(item, pull.index, now)
+            self._touch_lends(item)
         elif item._run is self:
             self._complete_other(item, execution, now)
         elif item._outcome is None and not self._orphaned(item):
@@ -195,7 +197,7 @@ class Sources(Joins):
             self._drop_pull(pull)
             if pull.lend is not None:
                 pull.lend.pulling = False
-                self._touched.append(pull.lend)
+                self._touch_lends(context)
                 self._work.append(context)
             elif not context._done & self.plan.bit[pull.index]:
                 self._stop_branches(context, now)
@@ -218,6 +220,7 @@ class Sources(Joins):
                 more.lends.pop(lend.index, None)
             context._done &= ~self.plan.bit[lend.index]
             self._recompute_parked(context)
+            self._offer_lent(context, context._done & lend.mask, self.plan.bit[self.plan.sink], self.clock())
 
     def leave_pull(self, pull: Pull, worker: int, busy_s: float, now: float) -> None:
         """A worker is done with one item of a loop or map."""
@@ -261,7 +264,7 @@ class Sources(Joins):
             lend.failed = context._error
         if more.arrived:
             self._leave_join(lend, more.arrived_at)
-        self._touched.append(lend)
+        self._touch_lends(lend.parent)
 
     # --- contexts that were in the run already
 
@@ -271,24 +274,26 @@ class Sources(Joins):
         self._touch_lends(other)
         lend = self._lend_between(other, context)
         if other._outcome is not None or other._state == _DISCARDED:
-            return lend is not None and bool(other._done & self.plan.bit[index])
-        if lend is not None and other._more is not None and other._more.lends and lend in other._more.lends.values():
-            self._wait_no_more(other, index, now)
-            self._close_lend(other, lend, index, now)
-            self._place_anew(other, now)
-            return True
+            done = other._done & ~(other._more.skipped if other._more is not None else 0)
+            return lend is not None and bool(done & self.plan.bit[index])
         more = other._more
-        kept_at = more.kept_at if more is not None else -1
-        if more is not None and more.arrived_at >= 0:
+        kept = more.kept if more is not None else 0
+        returns = lend is not None and more is not None and more.lends is not None and lend in more.lends.values()
+        if more is not None and more.arrived_at >= 0 and not returns:
             self._unarrive(other, now, leaves=more.arrived_at == index)
-        if kept_at >= 0 and more is not None:
-            more.kept_at = -1
-            self._complete(other, kept_at, now)
-        if other._outcome is None and not other._done & self.plan.bit[index] and not self._fires(other, index):
+        if more is not None and kept:
+            more.kept = 0
+            other._done |= kept
+            for task in indices(kept):
+                if other._outcome is None:
+                    self._release_below(other, task, now)
+        if lend is not None and returns and other._outcome is None:
+            self._close_lend(other, lend, index, now)
+        elif other._outcome is None and not other._done & self.plan.bit[index] and not self._fires(other, index):
             self._wait_no_more(other, index, now)
             other._ready &= ~self.plan.bit[index]
             self._complete(other, index, now)
-        if kept_at >= 0:
+        if kept:
             self.thaw(other, now)
         self._place_anew(other, now)
         return lend is not None or self._is_ancestor(other, context)

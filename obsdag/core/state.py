@@ -214,7 +214,8 @@ class RunState(Sources):
                 self._discard(context, now)
             else:
                 self._route(context, index, chosen, now)
-                self._complete(context, index, now)
+                if context._outcome is None:  # else what was left out was all that the sink waited for
+                    self._complete(context, index, now)
                 self._touch_lends(context)
             self._schedule(context, now)
         self._settle_all(now)
@@ -227,7 +228,8 @@ class RunState(Sources):
         if execution.cancelling:
             return
         self.cause = execution
-        if delay is None and self.plan.joins & self.plan.bit[index] and context._more is not None:
+        joins = delay is None and self.plan.joins & self.plan.bit[index] and context._more is not None
+        if joins:
             self._joined(context, index, returned, now)
         kept = context._outcome is None and context._state != _DISCARDED
         if kept and output is not None:
@@ -240,6 +242,8 @@ class RunState(Sources):
                 self.facts.limit_deferred(context, execution.task, execution.task.id, now)
         else:
             self._take_returned(execution, returned, now)
+            if joins and context._outcome is None:
+                self._late_sink(context, now)
         if context._place == IDLE:
             self._schedule(context, now)
         self._touch_lends(context)
@@ -282,7 +286,7 @@ class RunState(Sources):
                 made |= item._outcome is None and item._state != _DISCARDED
                 handed |= self._complete_other(item, execution, now)
             elif item._outcome is None and not self._orphaned(item):
-                is_child = item._parent is context and context._outcome is None and not own
+                is_child = item._parent is context and alive(context) and not own
                 if is_child:
                     self._join_lend(item, self._lend(context, index, now))
                 lent |= is_child
@@ -296,7 +300,8 @@ class RunState(Sources):
             self._restate(context, now)
         elif context in self._freezes:
             more = more_of(context)
-            more.kept_at, more.plain = index, False
+            more.kept |= self.plan.bit[index]
+            more.plain = False
         elif handed:
             self._stop_branches(context, now)
             self._end(context, "merged", now)
@@ -308,8 +313,8 @@ class RunState(Sources):
 
     def _complete_own(self, context: Context, index: int, now: float) -> None:
         more = context._more
-        if more is not None and more.kept_at == index:
-            more.kept_at = -1
+        if more is not None:
+            more.kept &= ~self.plan.bit[index]
         if not (self.plan.joins & self.plan.bit[index] and context._done & self.plan.bit[index]):
             self._complete(context, index, now)
 
@@ -326,6 +331,8 @@ class RunState(Sources):
                 self.fail_context(context, error, execution, now)
             else:
                 self._retry(execution, error, delay, now)
+                if self.plan.maps & self.plan.bit[execution.index]:
+                    self._late_sink(context, now)
             if context._place == IDLE:
                 self._schedule(context, now)
             else:
@@ -348,6 +355,7 @@ class RunState(Sources):
         if self.facts.retry_scheduled is not None:
             self.facts.retry_scheduled(execution, error, delay, now)
         if execution.abandoned:
+            self._unreturned[execution] = None
             self._park(context, more, index, "retry")
             execution.retry_at = now + delay
         else:
@@ -364,6 +372,7 @@ class RunState(Sources):
         """An abandoned execution has really returned: its permits come back, and a retry may start (T13)."""
         context, index = execution.context, execution.index
         execution.abandoned = False
+        self._unreturned.pop(execution, None)
         self._release_grant(execution, now)
         if execution.retry_at is not None and alive(context) and more_of(context).retry & self.plan.bit[index]:
             self._unpark(context, more_of(context), index, "retry")
@@ -429,6 +438,8 @@ class RunState(Sources):
                 caller.exempt = True
             self._collect(context, "dropped", "destroyed", now)
             self._cascade(context, now)
+            if caller is not None:
+                caller.exempt = False  # what ends its context later cancels it
             self._settle_all(now)
 
     def cancel(self, context: Context, now: float) -> None:

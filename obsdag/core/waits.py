@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from obsdag.core.base import _DISCARDED, more_of
+from obsdag.core.base import _DISCARDED, alive, more_of
 from obsdag.core.lifecycle import Lifecycle
+from obsdag.core.queue import QUEUED
 from obsdag.core.records import Execution, More
 
 if TYPE_CHECKING:
@@ -128,7 +129,10 @@ class Waits(Lifecycle):
 
     def _offer_again(self, context: Context, index: int) -> None:
         bit = self.plan.bit[index]
-        if not context._running & bit and (not context._done & bit or self.plan.joins & bit):
+        lends = context._more.lends if context._more is not None else None
+        branches = [lend for lend in lends.values() if lend.mask & bit] if lends else []
+        fires = any(lend.joining == index for lend in branches)
+        if not context._running & bit and (fires or not (branches or context._done & bit)):  # not lent meanwhile (C5)
             context._ready |= bit
 
     def _timer_fired(self, what: tuple[Context, int, str], now: float) -> None:
@@ -167,6 +171,8 @@ class Waits(Lifecycle):
         """No new execution starts on the context; the freeze holds it."""
         if context._outcome is None and context._state != _DISCARDED and context not in self._freezes:
             self._note_freeze(context, True, now)
+            if context._place == QUEUED:
+                self.queue.forget(context)
             self._unreserve(context, now)
             self._restate(context, now)
             self._settle_all(now)
@@ -188,8 +194,8 @@ class Waits(Lifecycle):
             return
         self._note_freeze(context, False, now)
         more = context._more
-        if more is not None and more.kept_at >= 0:
-            more.kept_at = -1
+        if more is not None and more.kept:
+            more.kept = 0
             self._discard(context, now)
         self._schedule(context, now)
         self._settle_all(now)
@@ -209,9 +215,14 @@ class Waits(Lifecycle):
 
     def moving(self) -> bool:
         """Whether anything is under way that can bring a context on: an execution, a place, a timer, a wait for a
-        limit.
+        limit, an abandoned function that is retried when it has returned.
         """
-        return bool(self.active or self.queue or self.timers.armed or self.waiting_limits)
+        if self.active or self.queue or self.timers.armed or self.waiting_limits:
+            return True
+        return any(
+            alive(execution.context) and more_of(execution.context).retry & self.plan.bit[execution.index]
+            for execution in self._unreturned
+        )
 
     def rest(self, now: float) -> None:
         """Called by the shell when no worker has anything to do: starts or stops waiting for frozen contexts."""
@@ -237,7 +248,7 @@ class Waits(Lifecycle):
         more = more_of(context)
         for timer in (more.timers or {}).values():
             self.timers.cancel(timer)
-            context._holds -= 1
+        context._holds -= (more.limit | more.retry).bit_count()
         more.timers = None
         if more.deadline is not None:
             self.timers.cancel(more.deadline)
@@ -245,7 +256,6 @@ class Waits(Lifecycle):
         for index, request in (requests or {}).items():
             if more.limit & self.plan.bit[index]:
                 self.waiting_limits -= 1
-                context._holds -= 1
             self.closings.extend(self.runtime.limits.release(request, now, unused=True))
         more.limit = more.retry = 0
         self._close_sources(context, more, outcome, now)

@@ -450,7 +450,7 @@ class Recorder(Observer):
             {index: (timer.when + epoch, timer.argument[2]) for index, timer in (more.timers or {}).items()},
             [(lend.index, lend.mapped, lend.pulling) for lend in (more.lends or {}).values()],
             {index: pull.items for index, pull in (more.pulls or {}).items()},
-            context._frozen and more.kept_at < 0,
+            context._frozen and not more.kept,
             None if more.deadline is None else more.deadline.when + epoch,
             more.reason,
         )

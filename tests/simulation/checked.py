@@ -36,7 +36,7 @@ class Checked(Simulation):
         getattr(self, f"_told_{what}")(model, *about)
         if what not in ("wake", "close", "freeze", "thaw", "returned", "nudge"):
             self.quiet_since = self.now
-        if what == "close":
+        if what in ("close", "abort_pull"):  # `fail` follows at once
             return
         model.settle()
         self.compare(what)

@@ -316,7 +316,7 @@ class Model:
         """T3, C10: its other branches are stopped."""
         for branch in node.branches.values():
             for child in branch.children:
-                if child.living:
+                if child.living and not child.left_branch:
                     self.end(child, "cancelled")
                     self.end_below(child)
 
@@ -339,7 +339,7 @@ class Model:
                 if startable and not node.stamp:
                     node.stamp = self.transition
                     node.lane = 1 if node.lane == 1 else 0
-                elif not self.ready(node) or node.visited:
+                elif not self.ready(node) or node.visited or node.frozen:
                     node.stamp = 0
                 if not node.stamp:
                     node.lane = None
@@ -388,14 +388,14 @@ class Model:
         for branch in branches:
             if branch in meeting:
                 continue
-            over = not branch.open and not any(c.living for c in branch.children) and self._join_of(branch) is None
-            if not over:
+            over = not branch.open and not any(c.living and not c.left_branch for c in branch.children)
+            if not over or self._join_of(branch) is not None:
                 return False  # one of the branches that meet here is not there yet
         inside = {branch.task for branch in meeting}.union(*(self.graph.desc[branch.task] for branch in meeting))
         done = parent.completed | self.skipped(parent)
         if not all(above in done for above in self.graph.anc[join] - inside - {0}):
             return False
-        failed = [c for branch in meeting for c in branch.children if c.outcome == "failed"]
+        failed = [c for b in meeting for c in b.children if c.outcome == "failed" and not c.left_branch]
         if failed and join not in self.graph.skips_failed:
             self.fail(parent, failed[0].failed_by)
             return True
@@ -665,6 +665,11 @@ class Model:
 
     def branch_at(self, parent: Node, task: int) -> Branch:
         parent.completed.add(task)  # S is done
+        if task not in parent.branches:  # what was lent keeps no permit from the children
+            firing = {branch.joining for branch in parent.branches.values()}
+            for below in self.graph.desc[task] - firing:
+                if below in parent.reserved or any((r.node, r.task) == (parent, below) for r in self.line):
+                    self._unask(parent, below)
         return parent.branches.setdefault(task, Branch(parent, task))
 
     def _completed_for(self, other: Node, node: Node, task: int) -> bool:
@@ -676,16 +681,16 @@ class Model:
             child = child.parent
         below = child.parent is other
         branch = child.branch if below else None
+        if other.kept:
+            other.completed |= other.kept
+            other.kept.clear()
+            other.frozen = False
         if branch is not None and other.branches.get(branch.task) is branch:
             self.hand_back(other, branch, task)
             return True
         if other.branch is not None and self.awaited_join(other) == task:
             other.left_branch, other.branch = True, None
         other.arrived = None
-        if other.kept:
-            other.completed |= other.kept
-            other.kept.clear()
-            other.frozen = False
         firing = {each.joining for each in other.branches.values()}  # a join that is called all the same
         if task not in firing and task not in self.skipped(other):
             other.completed.add(task)
@@ -707,8 +712,10 @@ class Model:
         del parent.branches[branch.task]
         branch.closed = True
         between = self.graph.desc[branch.task] & self.graph.anc[task]
-        parent.completed |= between | {branch.task}
-        if returned:
+        firing = {each.joining for each in parent.branches.values()}  # a join is called all the same
+        but = self.skipped(parent) | firing
+        parent.completed |= (between - but) | {branch.task}
+        if returned and task not in but:
             parent.completed.add(task)
             self._unask(parent, task)
 
@@ -716,6 +723,8 @@ class Model:
         """T15: the children are merged, except those that the join returned."""
         for branch in [each for each in parent.branches.values() if each.joining == join]:
             for child in branch.children:
+                if child.left_branch:
+                    continue
                 if child.living and child.context not in returned:
                     self.end(child, "merged")
                 elif child.living:

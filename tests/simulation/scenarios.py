@@ -341,7 +341,7 @@ class Player(Checked):
         assert self.model is not None
         node = self.model.nodes[execution.context]
         branches = [branch for branch in node.branches.values() if branch.joining == execution.index]
-        children = {id(c): c for branch in branches for c in branch.children if c.living}
+        children = {id(c) for branch in branches for c in branch.children if c.living and not c.left_branch}
         wanted = [each.context for each in node.children if id(each) in children]
         assert arrived == wanted, f"join called with {arrived}, by T15 {wanted}"
 
