@@ -20,8 +20,8 @@ them here):
     mailbox, worker, shell              calls of any thread; who drives a context; the shell around the core of one run
     executor                            `Executor`: opens runs and sees them to their end
     signals, tickets, durable, serve    tickets for submissions, kept in a journal; `ServeExecutor`: takes them, drains
-    ray                                 the same DAG on a Ray cluster: `RayExecutor` deals roots out to shards
     ops                                 /metrics, health and the live page of what runs; `start_ops_server`
+    ray                                 the same DAG on a Ray cluster: `RayExecutor` deals roots out to shards
     testing                             helpers for tests of one's own DAGs
     cli, examples, __main__             the command `obsdag`; programs to start from; `python -m obsdag`
 """

@@ -11,16 +11,16 @@ import contextlib
 import ipaddress
 import math
 import os
-import pickle
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from obsdag.errors import ConfigError, PlanChangedError
 from obsdag.graph import DAG
+from obsdag.ops.server import OpsServer, start_ops_server
 from obsdag.ray.shard import ShardEngine
 from obsdag.ray.wire import Codec
 from obsdag.telemetry import Telemetry
@@ -35,7 +35,7 @@ except ImportError as error:  # pragma: no cover - the tests of this have it
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
 
-__all__ = ["Cluster", "ShardDied", "ShardRaised", "carry_dag", "fetch_dag", "is_off", "pack_config"]
+__all__ = ["Cluster", "Settings", "ShardDied", "ShardRaised", "carry_dag", "fetch_dag", "is_off"]
 
 ShardDied: Any = ray.exceptions.RayActorError
 """What an awaited call raises when the shard's process or node is gone, or out of reach."""
@@ -104,9 +104,9 @@ class Cluster:
                 "authentication (RAY_AUTH_MODE=token, for the cluster and here), or say insecure=True"
             )
 
-    def start(self, dag: Any, config: bytes, options: Mapping[str, Any]) -> Any:
-        """An actor for a shard, which is on its way: its calls wait for it."""
-        return ray.remote(_ShardActor).options(**{"scheduling_strategy": "SPREAD", **options}).remote(dag, config)
+    def start(self, name: str, dag: Any, config: bytes, options: Mapping[str, Any]) -> Any:
+        """An actor for the shard of that name, which is on its way: its calls wait for it."""
+        return ray.remote(_ShardActor).options(**{"scheduling_strategy": "SPREAD", **options}).remote(name, dag, config)
 
     def kill(self, actor: Any) -> None:
         """Ends an actor, in whatever state it is."""
@@ -123,17 +123,33 @@ class Cluster:
 class _ShardActor:
     """A shard's engine in a process of its own; made an actor by `Cluster.start`."""
 
-    def __init__(self, dag: Any, config: bytes) -> None:
+    def __init__(self, name: str, dag: Any, config: bytes) -> None:
+        self._name = name
         self._carried = dag, config
         self._engine: ShardEngine | None = None
+        self._telemetry: Telemetry | None = None
+        self._ops: OpsServer | None = None
 
-    async def begin(self) -> int:
-        """`ShardEngine.begin`."""
+    def __repr__(self) -> str:
+        return self._name  # Ray puts it before each line that the shard prints or logs
+
+    async def begin(self) -> tuple[int, str]:
+        """`ShardEngine.begin`, and the address of its `/metrics`, empty if it serves none."""
         if self._engine is None:
-            config, codec = unpack_config(self._carried[1])
-            self._engine = ShardEngine(fetch_dag(self._carried[0]), config, codec)
-            await self._engine.__aenter__()
-        return await self._engine.begin()
+            self._engine = await self._open()
+        return await self._engine.begin(), "" if self._ops is None else _address_of(self._ops)
+
+    async def _open(self) -> ShardEngine:
+        settings = Settings.unpack(self._carried[1])
+        config = settings.config
+        if settings.telemetry is not None:
+            self._telemetry = settings.telemetry(self._name)
+            config = config.replace(telemetry=self._telemetry)
+        engine = ShardEngine(fetch_dag(self._carried[0]), config, Codec(settings.allow_pickle))
+        await engine.__aenter__()
+        if settings.ops is not None:
+            self._ops = start_ops_server(engine, **{"port": 0, **settings.ops})
+        return engine
 
     async def feed(self, batch: bytes) -> None:
         """`ShardEngine.feed`."""
@@ -151,26 +167,54 @@ class _ShardActor:
         return await self._engine.end(early)
 
     async def close(self) -> None:
-        """Lets go of its threads and processes."""
+        """Lets go of its threads and processes, and exports what is kept of its traces."""
+        if self._ops is not None:
+            self._ops.close()
         if self._engine is not None:
             await self._engine.__aexit__(None, None, None)
+        if self._telemetry is not None:
+            await self._telemetry.close()
 
 
-def pack_config(config: ExecutorConfig, codec: Codec) -> bytes:
-    """The configuration of the shards: the driver's, without what belongs to the driver."""
-    theirs = config.replace(telemetry=None, observers=(), journal=None, deadline=None, on_failure="continue")
-    return pickle.dumps((theirs, is_off(config), codec.allow_pickle))
+class Settings(NamedTuple):
+    """What a shard is started with. telemetry: makes its telemetry, from its name. ops: of its `start_ops_server`, None
+    for no server.
+    """
+
+    config: ExecutorConfig
+    allow_pickle: bool
+    telemetry: Callable[[str], Telemetry] | None
+    ops: Mapping[str, Any] | None
+
+    def pack(self) -> bytes:
+        """As bytes, without what belongs to the driver. Raises ConfigError for a function that cannot be carried."""
+        config = self.config.replace(telemetry=None, observers=(), journal=None, deadline=None, on_failure="continue")
+        telemetry = _silence if self.telemetry is None and is_off(self.config) else self.telemetry
+        try:
+            packed: bytes = cloudpickle.dumps(tuple(self._replace(config=config, telemetry=telemetry)))
+        except Exception as error:
+            raise ConfigError(f"telemetry={self.telemetry!r} cannot be carried to a shard: {error}") from error
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Settings:
+        """On the shard: what `pack` packed."""
+        return cls(*cloudpickle.loads(packed))
 
 
-def unpack_config(packed: bytes) -> tuple[ExecutorConfig, Codec]:
-    """On the shard: what `pack_config` packed."""
-    config, silent, allow_pickle = pickle.loads(packed)
-    return config.replace(telemetry=Telemetry.off()) if silent else config, Codec(allow_pickle)
+def _silence(shard: str) -> Telemetry:
+    return Telemetry.off()
 
 
 def is_off(config: ExecutorConfig) -> bool:
     """Whether its telemetry is `Telemetry.off()`."""
     return isinstance(config.telemetry, Telemetry) and config.telemetry._off
+
+
+def _address_of(server: OpsServer) -> str:
+    """Where Prometheus finds it: of all interfaces, the one that the cluster knows this machine by."""
+    host = server.host if server.host not in ("0.0.0.0", "[::]") else ray.util.get_node_ip_address()
+    return f"{host}:{server.port}"
 
 
 # --- the DAG

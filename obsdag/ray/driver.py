@@ -164,7 +164,8 @@ class Driver:
         """From a shard's start to its death, or the run's end."""
         shard: Shard | None = None
         try:
-            asks = await member.actor.begin.remote()
+            asks, target = await member.actor.begin.remote()
+            self._fleet.serves(member, target)
             shard = self.sharding.add(member.name, asks, self.clock())
             while True:
                 self._pump()

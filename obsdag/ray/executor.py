@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,13 +17,14 @@ from obsdag.errors import ConfigError
 from obsdag.executor import RunResult, _early_error
 from obsdag.inputs import Inputs, open_inputs
 from obsdag.mailbox import see_through
-from obsdag.ray.cluster import Cluster, carry_dag, is_off, pack_config
+from obsdag.ray.cluster import Cluster, Settings, carry_dag, is_off
 from obsdag.ray.driver import Driver
 from obsdag.ray.fleet import Fleet
 from obsdag.ray.wire import Codec
 
 if TYPE_CHECKING:
     from obsdag.graph import DAG
+    from obsdag.telemetry import Telemetry
 
 __all__ = ["RayExecutor", "RayStream"]
 
@@ -83,6 +85,10 @@ class RayExecutor:
     allow_pickle: data that has no form of its own crosses pickled. Telemetry.off() silences the shards, which else log
     warnings and errors to their standard error.
 
+    telemetry: called on each shard with its name, returns its Telemetry. ops: each shard has a `start_ops_server` with
+    these arguments, on a free port unless they name one; `targets` has the addresses. file_sd: a file that lists them
+    for Prometheus's `file_sd_configs`, with the label `shard`.
+
     A shard that dies is replaced; its roots run again elsewhere, at least once, with one outcome each. Limits are of
     each shard. `async with executor:` keeps connection and shards over several runs. Raises ConfigError, GraphError.
     """
@@ -97,6 +103,9 @@ class RayExecutor:
         insecure: bool = False,
         shard_options: Mapping[str, Any] | None = None,
         allow_pickle: bool = False,
+        telemetry: Callable[[str], Telemetry] | None = None,
+        ops: Mapping[str, Any] | None = None,
+        file_sd: str | os.PathLike[str] | None = None,
     ) -> None:
         self.dag = dag
         self.plan = dag.build()
@@ -104,10 +113,16 @@ class RayExecutor:
         self.codec = Codec(allow_pickle)
         _check_shards(shards)
         if self.config.journal is not None or not (self.config.telemetry is None or is_off(self.config)):
-            raise ConfigError("RayExecutor has neither journal nor telemetry yet: use Executor, or leave them out")
+            raise ConfigError(
+                "RayExecutor has no journal yet, and a telemetry for each shard: RayExecutor(..., telemetry=make), "
+                "where make(shard) returns one"
+            )
+        if file_sd is not None and ops is None:
+            raise ConfigError("file_sd lists the shards' ops servers: give ops={} to have them, on free ports")
         options = dict(shard_options or {})
         cluster = Cluster(address, insecure, shards * float(options.get("num_cpus") or 1))
-        self._fleet = Fleet(cluster, carry_dag(dag), pack_config(self.config, self.codec), shards, options)
+        settings = Settings(self.config, allow_pickle, telemetry, None if ops is None else dict(ops)).pack()
+        self._fleet = Fleet(cluster, carry_dag(dag), settings, shards, options, file_sd)
         self._drivers: list[Driver] = []
 
     # --- running
@@ -198,6 +213,11 @@ class RayExecutor:
     def shards(self) -> int:
         """How many there are to be."""
         return self._fleet.shards
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Where `/metrics` of each shard is, by its name, as long as it lives; with `ops` only."""
+        return dict(self._fleet.targets)
 
     def scale(self, shards: int) -> None:
         """From now on there are to be `shards` of them, in runs that go on, too; on the event loop of these.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from obsdag.ray.cluster import Cluster, ShardDied, ShardRaised
@@ -22,11 +25,23 @@ class Member(NamedTuple):
 class Fleet:
     """The shards of one executor. shards: how many a run has. options: of Ray, for each actor.
 
+    targets: where `/metrics` of each living shard is, by its name. file_sd: a file that has them, for Prometheus.
+
     States: nobody uses it -> (enter) connected -> (leave) not connected, no actor left.
     """
 
-    def __init__(self, cluster: Cluster, dag: Any, config: bytes, shards: int, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        dag: Any,
+        config: bytes,
+        shards: int,
+        options: Mapping[str, Any],
+        file_sd: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.shards = shards
+        self.targets: dict[str, str] = {}
+        self._file_sd = None if file_sd is None else Path(file_sd)
         self._cluster = cluster
         self._carried = dag, config
         self._options = dict(options)
@@ -67,8 +82,23 @@ class Fleet:
     def start(self) -> Member:
         """A new shard, on its way."""
         self._number += 1
-        dag, config = self._carried
-        return Member(f"shard-{self._number}", self._cluster.start(dag, config, self._options))
+        name = f"shard-{self._number}"
+        return Member(name, self._cluster.start(name, *self._carried, self._options))
+
+    def serves(self, member: Member, target: str) -> None:
+        """A shard has said where its `/metrics` is."""
+        if target and self.targets.get(member.name) != target:
+            self.targets[member.name] = target
+            self._write_targets()
+
+    def _write_targets(self) -> None:
+        """The list for Prometheus's `file_sd_configs`, whole or not at all."""
+        if self._file_sd is None:
+            return
+        groups = [{"targets": [target], "labels": {"shard": name}} for name, target in self.targets.items()]
+        draft = self._file_sd.with_name(f"{self._file_sd.name}.{os.getpid()}.draft")
+        draft.write_text(json.dumps(groups) + "\n", encoding="utf-8")
+        draft.replace(self._file_sd)
 
     def give_back(self, member: Member) -> None:
         """A run is done with it."""
@@ -77,6 +107,8 @@ class Fleet:
     def drop(self, member: Member) -> None:
         """It is dead, or has to be."""
         self._cluster.kill(member.actor)
+        if self.targets.pop(member.name, None) is not None:
+            self._write_targets()
 
     def shortage(self) -> str:
         """What the cluster has, in words."""

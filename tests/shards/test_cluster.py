@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from obsdag import Context, DeadlineExceeded, Executor, ExecutorConfig, OutputContext, RunFailed
+from obsdag import Context, DeadlineExceeded, Executor, ExecutorConfig, OutputContext, RunFailed, Telemetry
 from obsdag.errors import PoolError
 from tests.shards import dags
 
@@ -211,3 +216,36 @@ async def test_a_run_that_shrinks_and_grows_loses_no_root(nodes: Any) -> None:
 
     _check(found, outputs.counts, 200)
     _check(again, again.counts, 20)
+
+
+def _scraped(target: str) -> dict[str, float]:
+    """The values of the counter of ended contexts, by outcome."""
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    found: dict[str, float] = Counter()
+    for family in families:
+        for sample in family.samples:
+            if sample.name == "obsdag_contexts_finished_total":
+                found[sample.labels["outcome"]] += sample.value
+    return found
+
+
+async def test_the_sum_of_the_shards_counters_is_the_drivers(nodes: Any, tmp_path: Path) -> None:
+    targets = tmp_path / "shards.json"
+    options: dict[str, Any] = {"telemetry": lambda shard: Telemetry(), "ops": {}, "file_sd": targets}
+    async with RayExecutor(dags.mixed, PARALLEL, shards=2, shard_options=PLACE, **options) as shards:
+        result = await shards.run(numbers(600))
+        listed = json.loads(targets.read_text())
+        sums: dict[str, float] = Counter()
+        for group in listed:
+            sums.update(_scraped(group["targets"][0]))
+
+        assert {group["labels"]["shard"]: group["targets"][0] for group in listed} == shards.targets
+        assert len(shards.targets) == 2
+        assert all(target.startswith("127.0.0.1:") for target in shards.targets.values())
+        assert {name: number for name, number in sums.items() if number} == {
+            name: number for name, number in result.counts.items() if number and name != "entered"
+        }
+
+    assert json.loads(targets.read_text()) == []
+    assert not shards.targets
