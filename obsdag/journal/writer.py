@@ -177,12 +177,17 @@ class Writer:
             self._ended.set_result(None)
 
     def _work_off(self) -> None:
-        """Commits units until none is left, then answers the calls that stood behind them."""
-        while self._inbox:
-            last, group = self._gather()
-            self._commit(last, list(group.values()))
-        while self._calls:
-            function, future = self._calls.popleft()
+        """Commits units until none is left, then answers a call that stood behind them, and so on."""
+        while True:
+            while self._inbox:
+                last, group = self._gather()
+                self._commit(last, list(group.values()))
+            with self._wake:  # at a moment at which no unit is pending: it may be one that came before the call
+                if self._inbox:
+                    continue
+                if not self._calls:
+                    return
+                function, future = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue  # whoever asked was cancelled meanwhile
             try:

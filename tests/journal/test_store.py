@@ -284,6 +284,17 @@ def test_units_are_committed_whole_and_in_order(tmp_path: Path) -> None:
     assert read(tmp_path / "j.db") == list(range(1, 12))
 
 
+def test_a_call_sees_what_came_before_it(tmp_path: Path) -> None:
+    writer, _ = started(tmp_path / "j.db")
+    held = threading.Event()
+    writer.call(lambda _: held.wait(10))
+    writer.put([row(1)])
+    seen = writer.call(Store.counts)
+    held.set()
+    assert seen.result() == {"living": 1}
+    writer.close()
+
+
 def test_an_inbox_beyond_its_bound_says_so_and_stays_bounded(tmp_path: Path) -> None:
     writer, listening = started(tmp_path / "j.db", inbox_rows=10)
     held = threading.Event()
