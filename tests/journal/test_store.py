@@ -312,10 +312,10 @@ def test_an_inbox_beyond_its_bound_says_so_and_stays_bounded(tmp_path: Path) -> 
 
 
 @contextmanager
-def no_file_grows(path: Path) -> Iterator[Callable[[], None]]:
-    """The system refuses to let files grow beyond what this one has; gives what ends that."""
+def no_file_grows(path: Path, by_bytes: int = 0) -> Iterator[Callable[[], None]]:
+    """The system refuses to let files grow beyond what this one has and so much more; gives what ends that."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = max(each.stat().st_size for each in path.parent.iterdir())
+    size = max(each.stat().st_size for each in path.parent.iterdir()) + by_bytes
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
     def end() -> None:
@@ -327,12 +327,18 @@ def no_file_grows(path: Path) -> Iterator[Callable[[], None]]:
         end()
 
 
-def test_an_error_that_passes_is_got_over(tmp_path: Path) -> None:
+WRITES = [pytest.param(number * 4096 + part, id=f"write {number + 1}{' in the middle' if part else ''}")
+          for number in (0, 1, 2, 5, 13, 24) for part in (0, 1000)]  # fmt: skip
+"""A row of 100,000 bytes is some 25 pages: at which write to the log the system says no."""
+
+
+@pytest.mark.parametrize("by_bytes", WRITES)
+def test_an_error_that_passes_is_got_over(tmp_path: Path, by_bytes: int) -> None:
     writer, listening = started(tmp_path / "j.db")
     writer.put([row(1)])
     assert listening.told.wait(10)
     listening.told.clear()
-    with no_file_grows(tmp_path / "j.db") as end:
+    with no_file_grows(tmp_path / "j.db", by_bytes) as end:
         writer.put([row(2, text="x" * 100_000)])
         while not writer.stats.retries:
             assert not listening.errors
@@ -343,12 +349,13 @@ def test_an_error_that_passes_is_got_over(tmp_path: Path) -> None:
     assert read(tmp_path / "j.db") == [1, 2]
 
 
-def test_an_error_that_stays_ends_the_writer_and_not_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_bytes", WRITES)
+def test_an_error_that_stays_ends_the_writer_and_not_the_file(tmp_path: Path, by_bytes: int) -> None:
     writer, listening = started(tmp_path / "j.db")
     writer.put([row(1)])
     assert listening.told.wait(10)
     listening.told.clear()
-    with no_file_grows(tmp_path / "j.db"):
+    with no_file_grows(tmp_path / "j.db", by_bytes):
         writer.put([row(2, text="x" * 100_000)])
         assert listening.told.wait(10)
         writer.put([row(3)])
