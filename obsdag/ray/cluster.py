@@ -226,8 +226,9 @@ def carry_dag(dag: DAG) -> tuple[str, Any]:
     Raises ConfigError if it has no such name and cannot be copied.
     """
     fingerprint = dag.build().fingerprint
+    program = sys.modules.get("__main__")  # which multiprocessing enters as `__mp_main__` too
     for name, module in list(sys.modules.items()):
-        if name != "__main__" and getattr(module, "__spec__", None) is not None:
+        if module is not program and getattr(module, "__spec__", None) is not None:
             for attribute, value in list(vars(module).items()):
                 if value is dag:
                     return fingerprint, (name, attribute)

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -15,6 +17,7 @@ from obsdag import DAG, ConfigError, Context, ExecutorConfig, SQLiteJournal
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'obsdag[ray]'")
 from obsdag.ray import RayExecutor
+from obsdag.ray.cluster import carry_dag
 
 ROOT = Path(__file__).parent.parent.parent
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
@@ -128,3 +131,13 @@ def test_shards_are_a_number(shards: int) -> None:
 def test_what_it_does_not_do_yet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="journal"):
         RayExecutor(dag(), ExecutorConfig(journal=SQLiteJournal(tmp_path / "j.db")))
+
+
+def test_the_dag_of_a_program_run_as_a_module_goes_as_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, carried = ModuleType("__main__"), dag()
+    program.__spec__ = ModuleSpec("package.program", None)  # as under `python -m`
+    vars(program)["dag"] = carried
+    for name in ("__main__", "__mp_main__"):
+        monkeypatch.setitem(sys.modules, name, program)
+
+    assert isinstance(carry_dag(carried)[1], bytes), "a shard has another main program"
