@@ -51,7 +51,8 @@ class Fleet:
 
     def enter(self) -> None:
         """Connects, for the first user."""
-        self._cluster.acquire()
+        if not self._users:
+            self._cluster.acquire()
         self._users += 1
 
     async def leave(self, grace_s: float) -> None:

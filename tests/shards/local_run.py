@@ -8,6 +8,8 @@ import os
 import signal
 from pathlib import Path
 
+import ray
+
 from obsdag import DAG, Context
 from obsdag.ray import RayExecutor
 
@@ -49,6 +51,7 @@ async def main() -> None:
     async with RayExecutor(dag, shards=1) as executor:
         result = await executor.run({"x": number} for number in range(1000))
         found = listeners()
+    assert not ray.is_initialized(), "what the executor connected, it disconnects"
     assert signal.getsignal(signal.SIGTERM) is handler
     assert "RAY_USAGE_STATS_ENABLED" not in os.environ
     print(json.dumps({"sum": sum(each["x"] for each in result), "counts": result.counts, "listeners": found}))
