@@ -1,4 +1,4 @@
-"""Beyond one machine: the same DAG on a Ray cluster, as `RayExecutor` (extra `obsdag[ray]`).
+"""Beyond one machine: the same DAG on a Ray cluster, as `RayExecutor` and `RayServeExecutor` (extra `obsdag[ray]`).
 
 sharding    which root goes where, and again when a shard dies; no Ray, no clock
 wire        the two kinds of messages between driver and shards, as bytes
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from obsdag.ray.executor import RayExecutor, RayStream
+    from obsdag.ray.serve import RayServeExecutor
 
-__all__ = ["RayExecutor", "RayStream"]
+__all__ = ["RayExecutor", "RayServeExecutor", "RayStream"]
 
 if not TYPE_CHECKING:  # a type checker would take every name for defined
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module("obsdag.ray.executor"), name)  # late: `sharding` and `shard` need no Ray
+        home = "serve" if name == "RayServeExecutor" else "executor"
+        return getattr(import_module(f"obsdag.ray.{home}"), name)  # late: `sharding` and `shard` need no Ray

@@ -156,6 +156,11 @@ class _ShardActor:
         assert self._engine is not None
         self._engine.feed(batch)
 
+    async def cancel(self, number: int) -> None:
+        """`ShardEngine.cancel`."""
+        assert self._engine is not None
+        self._engine.cancel(number)
+
     async def answers(self) -> bytes:
         """`ShardEngine.answers`."""
         assert self._engine is not None

@@ -43,6 +43,7 @@ _STILLBORN = 3  # deaths of shards that had nothing to do, in a row, for each sh
 class Driver:
     """One run. emit: told of each output. `done` is resolved when every root has its outcome, or the run ends early.
 
+    open_ended: more may be submitted at any time; on_ended: told of each root when all of it is here.
     counts: `entered` and each outcome, of answered roots and what was made from them, `entered` of all. early: why the
     run ends early, fatal: the error, if any. buffered: outputs that nobody has taken yet.
     """
@@ -55,6 +56,8 @@ class Driver:
         self.clock = self.loop.time
         self.done: asyncio.Future[None] = self.loop.create_future()
         self.emit: Callable[[OutputContext], None] = _nobody
+        self.on_ended: Callable[[Context], None] = _nobody
+        self.open_ended = False
         self.counts: dict[str, int] = {"entered": 0, **dict.fromkeys(OUTCOMES, 0)}
         self.failures: deque[Failure] = deque()
         self.stalls: list[Stall] = []
@@ -72,7 +75,7 @@ class Driver:
         self._inputs: Iterator[Any] | None = inputs if isinstance(inputs, Iterator) else None
         self._feeding: AsyncIterator[Any] | None = None if isinstance(inputs, Iterator) else inputs
         self._wanted = asyncio.Event()
-        self._living: dict[Context, None] = {}
+        self._living: dict[Context, Root | None] = {}
         self._number = 0
         self._members: dict[str, Member] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
@@ -134,6 +137,7 @@ class Driver:
         await asyncio.gather(*(self._let_go(member) for member in list(self._members.values())))
         for context in list(self._living):
             self._close(context, "cancelled", None)
+            self.on_ended(context)
 
     async def _let_go(self, member: Member) -> None:
         if await self._end(member):
@@ -261,7 +265,7 @@ class Driver:
             full = self.buffered >= self.config.max_live_contexts
             self._budget = 0 if full else sum(map(self.sharding.room, self.sharding.shards.values()))
             self._wanted.set()
-        elif self._inputs is None and self.sharding.settled() and not self.done.done():
+        elif self._inputs is None and not self.open_ended and self.sharding.settled():
             self.done.set_result(None)
 
     def _take(self, shard: Shard) -> list[Root]:
@@ -299,10 +303,44 @@ class Driver:
         self._living[context] = None
         self._number += 1
         try:
-            return Root(self._number, context, self._codec.encode(context._data))
+            root = self._living[context] = Root(self._number, context, self._codec.encode(context._data))
         except EncodingError as error:
             self._fail(context, error)
             return None
+        return root
+
+    # --- serving
+
+    def submit(self, context: Context) -> None:
+        """A submission is to run. Raises EncodingError if its data cannot cross; nothing is changed then."""
+        data = self._codec.encode(context._data)
+        self.counts["entered"] += 1
+        self._number += 1
+        root = self._living[context] = Root(self._number, context, data)
+        self.sharding.queue.append(root)
+        self.pump_soon()
+
+    def withdraw(self, context: Context, error: BaseException | None) -> None:
+        """A submission ends now: as failed by `error`, or as cancelled. The shard that has it is told."""
+        root = self._living[context]
+        assert root is not None
+        shard = self.sharding.withdraw(root)
+        if shard is not None:
+            self._members[shard.name].actor.cancel.remote(root.number)
+        if error is not None:
+            self._fail(context, error)
+        else:
+            self._close(context, "cancelled", None)
+            self.on_ended(context)
+        self.pump_soon()
+
+    def shard_of(self, context: Context) -> str | None:
+        """The name of the shard that has it; None while it waits, and when it has ended."""
+        root = self._living.get(context)
+        shard = None if root is None else self.sharding.shard_of(root)
+        return None if shard is None else shard.name
+
+    # --- inputs
 
     async def _feed(self, inputs: AsyncIterator[Any]) -> None:
         """Asks an async input for an item whenever a shard has room."""
@@ -335,16 +373,17 @@ class Driver:
             self.counts["entered"] += sum(ended.counts.values()) - 1
         self._close(context, ended.outcome, ended.counts)
         if ended.outputs is None:
-            self._give_out(context, None)
+            self._give_out(context, None, context)
         else:
             for made in ended.outputs:
-                self._give_out(self._context_of(made, context, "output"), made)
+                self._give_out(self._context_of(made, context, "output"), made, context)
         for failing in ended.failures:
             failed = self._context_of(failing.made, context, "failed")
-            self._failed(Failure(failed, failing.task, failing.attempts, failing.exception()))
+            self._failed(Failure(failed, failing.task, failing.attempts, failing.exception()), context)
         for stalling in ended.stalls:
             stalled = self._context_of(stalling.made, context, "stalled")
             self._stalled(Stall(stalled, stalling.task, tuple(stalling.missing), stalling.reason))
+        self.on_ended(context)
 
     def _context_of(self, made: Made, root: Context, outcome: str) -> Context:
         """A context that a shard speaks of: the root itself, or one like it that ended there."""
@@ -364,17 +403,21 @@ class Driver:
             child._parent = root
         return context
 
-    def _give_out(self, context: Context, made: Made | None) -> None:
+    def _give_out(self, context: Context, made: Made | None, root: Context) -> None:
         output = OutputContext(context)
         if made is not None and not made.id and made.data is not None:
             output._data = self._codec.decode(made.data)  # the task returned an OutputContext of its own
         output._outcome = "output"
-        self.emit(output)
+        if root._scope is not None:
+            root._scope.outputs.append(output)
+        else:
+            self.emit(output)
 
     def _fail(self, context: Context, error: BaseException, attempts: int = 1) -> None:
         """A root that fails on its way to a shard, or by what it does to shards."""
         self._close(context, "failed", None)
-        self._failed(Failure(context, "source", attempts, error))
+        self._failed(Failure(context, "source", attempts, error), context)
+        self.on_ended(context)
 
     def _close(self, context: Context, outcome: str, counts: dict[str, int] | None) -> None:
         """A root and what was made from it have ended."""
@@ -385,8 +428,10 @@ class Driver:
             context._token.release()
         del self._living[context]
 
-    def _failed(self, failure: Failure) -> None:
+    def _failed(self, failure: Failure, root: Context) -> None:
         context = failure.context
+        if root._scope is not None:
+            root._scope.failures.append(failure)
         context._error = failure.exception
         more_of(context).error_task = failure.task
         if self.failures_kept is None or self.failures_kept:
@@ -404,5 +449,5 @@ class Driver:
             self.facts.context_stalled(stall.context, stall, self.clock())
 
 
-def _nobody(output: OutputContext) -> None:
+def _nobody(context: Context) -> None:
     """Nobody is interested."""

@@ -111,6 +111,7 @@ class ShardEngine(Executor):
         self._trees = _Trees() if config.enable_context_gc else _KeptTrees()
         self._inbox: deque[Context] = deque()
         self._ended: deque[_Tree] = deque()
+        self._by_number: dict[int, _Tree] = {}
         self._news = asyncio.Event()
         self._taken = 0
         self._told_asks = 0
@@ -122,6 +123,7 @@ class ShardEngine(Executor):
         """A run begins; the number of roots that its workers can begin with."""
         self._inbox.clear()
         self._ended.clear()
+        self._by_number.clear()
         self._news.clear()
         self._taken, self._told_asks = 0, self.config.context_worker_num
         shell = self._open_shell("stream", iter(()))
@@ -143,7 +145,8 @@ class ShardEngine(Executor):
             for seed in decode_batch(encoded).seeds:
                 context = Context(None, self._codec.decode(seed.data), seed.id if seed.named else "")
                 context._id = seed.id
-                context._scope = _Tree(context, seed, self._tree_done)
+                tree = self._by_number[seed.number] = _Tree(context, seed, self._tree_done)
+                context._scope = tree
                 self._inbox.append(context)
         except Exception as error:
             shell.end_early("error", error)
@@ -151,6 +154,20 @@ class ShardEngine(Executor):
         self._told_asks = 0
         shell.inputs = _Pulled(self)
         shell.kick()
+
+    def cancel(self, number: int) -> None:
+        """The driver wants nothing more of the root of that number: all that lives of it is cancelled."""
+        tree, shell = self._by_number.pop(number, None), self._shard
+        if tree is None or shell is None:
+            return
+        if tree.root in self._inbox:
+            self._inbox.remove(tree.root)
+            self._taken += 1
+            return
+        now = shell.clock()
+        for context in [each for each in shell.run.contexts if each._scope is tree]:
+            shell.run.cancel(context, now)
+        shell.pump()
 
     async def answers(self) -> bytes:
         """Waits until there is something to say, and says it, as Answers; nothing if the run ends meanwhile."""
@@ -204,6 +221,7 @@ class ShardEngine(Executor):
 
     def _tree_done(self, scope: Scope) -> None:
         assert isinstance(scope, _Tree)
+        self._by_number.pop(scope.seed.number, None)
         self._ended.append(scope)
         self._news.set()
 

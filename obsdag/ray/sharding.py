@@ -198,6 +198,23 @@ class Sharding:
         self.out -= 1
         return root
 
+    def withdraw(self, root: Root) -> Shard | None:
+        """The root is wanted no more. Gives the shard that has it, whose answer is going to be refused."""
+        for waiting in (self.queue, self.suspects):
+            if root in waiting:
+                waiting.remove(root)
+                return None
+        shard = self.shard_of(root)
+        if shard is not None:
+            del shard.roots[root.number]
+            shard.alone = False
+            self.out -= 1
+        return shard
+
+    def shard_of(self, root: Root) -> Shard | None:
+        """The shard that has the root; None while it waits."""
+        return next((shard for shard in self.shards.values() if root.number in shard.roots), None)
+
     def settled(self) -> bool:
         """Whether no root waits and none is out."""
         return not self.out and not self.queue and not self.suspects

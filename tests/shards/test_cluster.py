@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.leaves("processes", "nodes that a test before killed are added again"),
     pytest.mark.leaves(
-        "files", "the connection to Ray opens sockets to its processes as they are needed, and keeps them"
+        "files", "the connection to Ray opens sockets to its processes as it needs them, and keeps them"
     ),
 ]
 

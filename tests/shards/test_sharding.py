@@ -106,6 +106,20 @@ def test_an_answer_of_an_older_attempt_is_refused() -> None:
     assert book.settled()
 
 
+def test_what_is_withdrawn_is_refused_wherever_it_was() -> None:
+    book = sharding(4, shards=2)
+    first, _ = book.shards.values()
+    [given] = book.take(first, 500)
+    waiting = Root(9, 9, b"")
+    book.queue.append(waiting)
+
+    assert book.withdraw(waiting) is None
+    assert book.withdraw(given) is first
+    assert book.answered(first, given.number, given.token) is None
+    assert book.shard_of(given) is None
+    assert book.settled()
+
+
 def test_a_retired_shard_gets_nothing_more_and_leaves_when_it_has_answered() -> None:
     book = sharding(10, shards=2)
     first, _ = book.shards.values()
