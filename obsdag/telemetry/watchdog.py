@@ -215,8 +215,9 @@ def _blocking_line(frame: FrameType) -> str:
 
 def _line_of(frame: FrameType) -> str:
     code = frame.f_code
-    text = linecache.getline(code.co_filename, frame.f_lineno, frame.f_globals).strip()
-    return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}" + (f": {text}" if text else "")
+    line = frame.f_lineno or code.co_firstlineno  # None between two lines of a frame that runs on
+    text = linecache.getline(code.co_filename, line, frame.f_globals).strip()
+    return f"{code.co_filename}:{line} in {code.co_name}" + (f": {text}" if text else "")
 
 
 def _renew() -> None:

@@ -44,6 +44,9 @@ class Checked(Simulation):
             self.run.check(deep=True)
 
     def _told_accept(self, model: Model, context: Context, visited: bool) -> None:
+        taken = sum(node.living and node.arrived is None for node in model.nodes.values())
+        if taken >= self.config.max_live_contexts:
+            raise ModelError(f"{context!r} was let in beside {taken} others (E16)")
         model.accept(context, visited)
 
     def _told_take(self, model: Model, context: Context | None) -> None:

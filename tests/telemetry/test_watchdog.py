@@ -24,7 +24,7 @@ from obsdag.core.observer import Observer
 from obsdag.core.records import Execution
 from obsdag.executor import Executor
 from obsdag.graph import DAG
-from obsdag.telemetry.watchdog import _PACKAGE, Watchdog, _execution_in, _watchers
+from obsdag.telemetry.watchdog import _PACKAGE, Watchdog, _execution_in, _line_of, _watchers
 from tests.telemetry.corerun import CoreRun
 
 WAIT_S = 30.0
@@ -310,3 +310,10 @@ def test_an_execution_that_is_being_made_is_passed_over() -> None:
     frame: Any = SimpleNamespace(f_code=code, f_locals={"execution": unfinished}, f_back=None)
 
     assert _execution_in(frame) is None
+
+
+def test_a_frame_that_is_between_two_lines_is_told_with_its_first() -> None:
+    code = SimpleNamespace(co_filename="user.py", co_name="work", co_firstlineno=7)
+    frame: Any = SimpleNamespace(f_code=code, f_lineno=None, f_globals={}, f_back=None)
+
+    assert _line_of(frame) == "user.py:7 in work"
