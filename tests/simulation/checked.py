@@ -174,6 +174,8 @@ class Checked(Simulation):
             in_use = self.run.runtime.limits.in_use(limit)
             if in_use != len(holders):
                 raise ModelError(f"after {what}: {in_use} permits of {limit!r} are out, by the rules {holders}")
+        if self.run.waiting_limits != len(model.line):
+            raise ModelError(f"after {what}: {self.run.waiting_limits} wait in line, by the rules {model.line}")
 
     def _compare_context(self, node: Node, what: str) -> None:
         context, model = node.context, self.model

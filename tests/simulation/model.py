@@ -140,6 +140,7 @@ class Model:
         self.capacity: dict[Any, int] = {}
         self.held: dict[Any, list[Any]] = {}
         self.line: list[Request] = []
+        self.started = [0] * len(graph.ups)
         self.grants: dict[Any, list[Any]] = {}  # execution -> limits
         for limits in graph.limits:
             for limit in limits:
@@ -517,6 +518,7 @@ class Model:
 
     def start(self, node: Node, task: int, execution: Any) -> None:
         node.executions[task] = execution
+        self.started[task] += 1
         if task in node.reserved:
             node.reserved.discard(task)
             self.grants[execution] = self.graph.limits[task]

@@ -280,6 +280,8 @@ class Player(Checked):
     def _told_close(self, model: Model) -> None:
         if self.recorder.open:
             raise ModelError(f"{self.recorder.open} executions were told to have started and not to have ended")
+        if self.run.task_started != model.started:
+            raise ModelError(f"{self.run.task_started} executions were counted, by the rules {model.started}")
 
     def has(self, feature: str) -> bool:
         return feature in self.scenario.features
