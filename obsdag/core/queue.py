@@ -76,9 +76,9 @@ class ContextQueue:
         self._stale[lane] += 1
         entries: Any = self._continuing if lane == CONTINUING else self._new
         if self._stale[lane] > 64 and self._stale[lane] * 2 > len(entries):
-            kept = [entry for entry in entries if entry._place == QUEUED]
+            kept = [entry for entry in entries if entry._place == QUEUED and entry._lane == lane]
             entries.clear()
-            entries.extend(kept)
+            entries.extend(reversed(dict.fromkeys(reversed(kept))))  # who came back has an older entry, too
             self._stale[lane] = 0
 
     def __bool__(self) -> bool:

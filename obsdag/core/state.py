@@ -37,11 +37,7 @@ class RunState(Sources):
     def take(self, worker: int, now: float) -> Context | None:
         """The context (or the marker of a pull) whose turn it is; None if there is nothing to drive now."""
         self.idle_at = None
-        while (context := self.queue.take()) is not None:
-            if context in self._freezes:
-                context._place = IDLE
-                self._restate(context, now)
-                continue
+        if (context := self.queue.take()) is not None:
             context._place = VISITED
             waited = now - context._since
             self._move(context, _RUNNING, now)
