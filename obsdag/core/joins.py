@@ -196,14 +196,13 @@ class Joins(Progress):
         comes back there when nothing else of it lives.
         """
         more = more_of(child)
-        if more.lend is not None:
-            if more.arrived:
-                self._leave_line(more)
-            more.lend.living -= leaves
-            self._touched.append(more.lend)
+        assert more.lend is not None
+        if more.arrived:
+            self._leave_line(more)
+        more.lend.living -= leaves
+        self._touched.append(more.lend)
         if leaves:
-            if more.lend is not None and more.lend.keeps:
-                more.lend.children.remove(child)
+            more.lend.children.remove(child)  # kept, for there is a join below
             more.arrived_at = -1
             more.lend = None
             self._recompute_parked(child)
