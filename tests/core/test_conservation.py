@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from obsdag import DAG, Context, Executor, ExecutorConfig, InternalError
-from tests.rules.virtual import virtual
+from obsdag.core.queue import IDLE
+from tests.rules.virtual import execute, virtual
 
 
 def miscount(context: Context) -> None:
@@ -66,3 +67,34 @@ async def test_C9_with_debug_it_is_told_after_the_transition_and_names_the_conte
     executor = Executor(spoiling(spoil), config=ExecutorConfig(context_worker_num=workers, debug=True))
     with pytest.raises(InternalError, match="context 'c2' is held -1 times"):
         await executor.run(contexts)
+
+
+@pytest.mark.parametrize(
+    ("books", "problem"),
+    [
+        ({"_outcome": "output"}, "ended as output and still counted as living"),
+        ({"_state": -1}, "has no state"),
+        ({"_running": 2, "_ready": 2}, "'first'.* are both running and ready"),
+        ({"_running": 0, "_ready": 2, "_place": IDLE}, "'first'.* are ready and nobody will start them"),
+        ({"_running": 0, "_ready": 0, "_place": IDLE}, "is held by nothing and has not ended"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@virtual
+async def test_C9_what_the_books_of_a_context_must_not_say(books: dict[str, Any], problem: str) -> None:
+    dag = DAG()
+
+    @dag.task
+    async def first(ctx: Context) -> Context:
+        kept = {name: getattr(ctx, name) for name in books}
+        for name, value in books.items():
+            setattr(ctx, name, value)
+        try:
+            with pytest.raises(InternalError, match=problem):
+                ctx._run.check(deep=True)  # type: ignore[union-attr]
+        finally:
+            for name, value in kept.items():
+                setattr(ctx, name, value)
+        return ctx
+
+    assert len(await execute(dag, [{}])) == 1
