@@ -238,7 +238,7 @@ class RunState(Sources):
                 self.facts.limit_deferred(context, execution.task, execution.task.id, now)
         else:
             self._take_returned(execution, returned, now)
-            if joins and context._outcome is None:
+            if joins and alive(context):
                 self._late_sink(context, now)
         if context._place == IDLE:
             self._schedule(context, now)

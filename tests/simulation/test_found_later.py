@@ -27,6 +27,7 @@ SEEDS = {
     257271: "E11: a discarded context lends nothing",
     400982: "T15: a join waits for a loop that yields its own context",
     3207681: "C4: what was completed for a context is not skipped when a router leaves it out",
+    20014754: "E11: a discarded context whose join was called is not given out, though the sink waits for nothing else",
     138646: "C10: a join that was completed by a handing back is not called when its delay has passed",
 }
 
