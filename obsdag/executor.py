@@ -410,6 +410,7 @@ def _outcome(shell: RunShell) -> str:
 
 def _numbers(shell: RunShell) -> Mapping[str, Any]:
     run = shell.run
-    tasks = {f"n:{task.id}": run.task_executions[i] for i, task in enumerate(run.plan.tasks)}
-    seconds = {f"s:{task.id}": run.task_seconds[i] for i, task in enumerate(run.plan.tasks)}
-    return {**run.counts, "executions": sum(run.task_executions), "retries": run.retries_total, **tasks, **seconds}
+    executions = run.task_executions  # each time a new list
+    tasks = {f"n:{task.id}": count for task, count in zip(run.plan.tasks, executions, strict=True)}
+    seconds = {f"s:{task.id}": spent_s for task, spent_s in zip(run.plan.tasks, run.task_seconds, strict=True)}
+    return {**run.counts, "executions": sum(executions), "retries": run.retries_total, **tasks, **seconds}
