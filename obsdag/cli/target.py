@@ -72,6 +72,8 @@ def _from_file(path: str) -> ModuleType:
         raise CliError(f"there is no file {path!r}")
     if "." in file.stem:
         raise CliError(f"{path!r} cannot be imported, because of the dot in its name: rename it")
+    if file.stem in sys.stdlib_module_names:  # whoever imports that later would get this one
+        raise CliError(f"{path!r} has the name of another module, of Python's own: rename it")
     folder = str(file.resolve().parent)
     if sys.path[0] != folder:
         sys.path.insert(0, folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from obsdag.core.state import RunState
     from obsdag.executor import Executor
     from obsdag.tasks.base import Task
-    from obsdag.telemetry.selfstats import Kept
+    from obsdag.telemetry.selfstats import Kept, SelfStats
 
 __all__ = ["KEPT", "Rates", "Sample", "Watch"]
 
@@ -175,12 +175,14 @@ class Watch(Observer):
         text = f"{manifest['finished']} finished, {len(manifest['cancelled'])} cancelled in {manifest['seconds']:.1f} s"
         self._event("drained", f"{text}: {names}" if names else text, level="warn" if names else "info")
 
-    def _trace_kept(self, kept: Kept) -> None:
-        """Told of what tracing exports, on its own thread."""
-        if kept.what == "root" and kept.dag == self.executor.plan.name:
-            self.traces.append(
-                {"at": kept.unix_s, "outcome": kept.label, "seconds": kept.seconds, "trace_id": kept.trace_id}
-            )
+    def _trace_kept(self, kept: Sequence[Kept]) -> None:
+        """Told of what tracing exports of a root, on its own thread."""
+        for each in kept:
+            if each.what == "root" and each.dag == self.executor.plan.name:
+                trace_id = f"{each.trace_id:032x}"
+                self.traces.append(
+                    {"at": each.unix_s, "outcome": each.label, "seconds": each.seconds, "trace_id": trace_id}
+                )
 
 
 def trace_id_of(context: Context, execution: Execution | None = None) -> str | None:
@@ -195,8 +197,8 @@ def trace_id_of(context: Context, execution: Execution | None = None) -> str | N
         return None
 
 
-def _kept_listeners(executor: Executor) -> list[Callable[[Kept], None]] | None:
-    stats = getattr(executor.config.telemetry, "stats", None)
+def _kept_listeners(executor: Executor) -> list[Callable[[Sequence[Kept]], None]] | None:
+    stats: SelfStats | None = getattr(executor.config.telemetry, "stats", None)
     return None if stats is None else stats.on_kept
 
 
