@@ -241,7 +241,7 @@ class Facts:
         if not listeners:
             return None
         calls = tuple(listeners)
-        if len(calls) == 1 and fact in getattr(calls[0], "__self__", Observer).guarded:
+        if len(calls) == 1 and fact in getattr(getattr(calls[0], "__self__", None), "guarded", ()):
             return calls[0]
 
         def failed(index: int, error: Exception) -> None:

@@ -220,3 +220,19 @@ def test_an_observer_that_guards_a_fact_itself_is_detached_like_any_other(others
     assert guarding.run is not None
     assert guarding.run.facts.failures == 1
     assert result.counts["output"] == 3
+
+
+class Duck:
+    """No `Observer`, but it has one fact's method, which is enough."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def execution_started(self, execution: Execution, now: float) -> None:
+        self.started += 1
+
+
+def test_an_observer_need_not_be_one_by_its_class() -> None:
+    duck: Any = Duck()
+    ends_of(duck)
+    assert duck.started == 8
