@@ -19,7 +19,8 @@ them here):
     services, generators, runners       how an execution of each kind of task is run
     mailbox, worker, shell              calls of any thread; who drives a context; the shell around the core of one run
     executor                            `Executor`: opens runs and sees them to their end
-    signals, tickets, durable, serve    tickets for submissions, kept in a journal; `ServeExecutor`: takes them, drains
+    signals, tickets, durable           tickets for submissions, kept in a journal
+    serving, serve                      what serving is, wherever work is done; `ServeExecutor`: has it done here
     ops                                 /metrics, health and the live page of what runs; `start_ops_server`
     ray                                 the same DAG on a Ray cluster: `RayExecutor` deals roots out to shards
     testing                             helpers for tests of one's own DAGs

@@ -180,7 +180,13 @@ DEFECTS = (
     Defect(
         12,
         "a serving executor's run never ends",
-        (("obsdag/serve.py", "            await self._hurry.wait()\n", "            await asyncio.Event().wait()\n"),),
+        (
+            (
+                "obsdag/serving.py",
+                "            await self._hurry.wait()\n",
+                "            await asyncio.Event().wait()\n",
+            ),
+        ),
         ("tests/rules/test_defects.py",),
     ),
 )
