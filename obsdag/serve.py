@@ -48,6 +48,7 @@ class ServeExecutor(Serving["RunShell"], Executor):
     ) -> None:
         super().__init__(dag, runtime, config)
         self._furnish(handle_signals)
+        self._is_traced = self.config.telemetry is not None
         self._pending: OrderedDict[Ticket, None] = OrderedDict()
         self._entering = Entering(self._pending)
 

@@ -61,6 +61,7 @@ class Serving(Generic[PeriodT]):
     """
 
     config: ExecutorConfig
+    _is_traced: bool
 
     def _furnish(self, handle_signals: bool) -> None:
         """What `__init__` of the executor calls, with its configuration in place."""
@@ -284,8 +285,8 @@ class Serving(Generic[PeriodT]):
         return ticket
 
     def _take_over_trace(self, context: Context, carrier: Mapping[str, str] | None, trace: str) -> None:
-        if self.config.telemetry is not None:
-            from obsdag.telemetry.tracing import capture_caller
+        if self._is_traced:
+            from obsdag.telemetry.carrier import capture_caller
 
             caller = capture_caller(carrier, trace)
             if caller is not None:

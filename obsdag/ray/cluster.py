@@ -133,13 +133,13 @@ class _ShardActor:
     def __repr__(self) -> str:
         return self._name  # Ray puts it before each line that the shard prints or logs
 
-    async def begin(self) -> tuple[int, str]:
-        """`ShardEngine.begin`, and the address of its `/metrics`, empty if it serves none."""
+    async def open(self) -> str:
+        """Gets ready for runs, if it is not; the address of its `/metrics`, empty if it serves none."""
         if self._engine is None:
-            self._engine = await self._open()
-        return await self._engine.begin(), "" if self._ops is None else _address_of(self._ops)
+            self._engine = await self._opened()
+        return "" if self._ops is None else _address_of(self._ops)
 
-    async def _open(self) -> ShardEngine:
+    async def _opened(self) -> ShardEngine:
         settings = Settings.unpack(self._carried[1])
         config = settings.config
         if settings.telemetry is not None:
@@ -150,6 +150,11 @@ class _ShardActor:
         if settings.ops is not None:
             self._ops = start_ops_server(engine, **{"port": 0, **settings.ops})
         return engine
+
+    async def begin(self, headers: Mapping[str, str]) -> int:
+        """`ShardEngine.begin`."""
+        assert self._engine is not None
+        return await self._engine.begin(headers)
 
     async def feed(self, batch: bytes) -> None:
         """`ShardEngine.feed`."""

@@ -43,13 +43,19 @@ _STILLBORN = 3  # deaths of shards that had nothing to do, in a row, for each sh
 class Driver:
     """One run. emit: told of each output. `done` is resolved when every root has its outcome, or the run ends early.
 
-    open_ended: more may be submitted at any time; on_ended: told of each root when all of it is here.
-    counts: `entered` and each outcome, of answered roots and what was made from them, `entered` of all. early: why the
-    run ends early, fatal: the error, if any. buffered: outputs that nobody has taken yet.
+    headers: of the span and the baggage in which it begins (W3C); shards go on with them. open_ended: more may be
+    submitted at any time; on_ended: told of each root when all of it is here. counts: `entered` and each outcome, of
+    answered roots and what was made from them, `entered` of all. early: why the run ends early, fatal: the error, if
+    any. buffered: outputs that nobody has taken yet.
     """
 
     def __init__(
-        self, fleet: Fleet, config: ExecutorConfig, codec: Codec, inputs: Iterator[Any] | AsyncIterator[Any]
+        self,
+        fleet: Fleet,
+        config: ExecutorConfig,
+        codec: Codec,
+        inputs: Iterator[Any] | AsyncIterator[Any],
+        headers: dict[str, str],
     ) -> None:
         self.config = config
         self.loop = asyncio.get_running_loop()
@@ -72,6 +78,7 @@ class Driver:
         self.sharding = Sharding(self._supply, most_ahead=min(2_000, config.max_live_contexts))
         self._fleet = fleet
         self._codec = codec
+        self._headers = headers
         self._inputs: Iterator[Any] | None = inputs if isinstance(inputs, Iterator) else None
         self._feeding: AsyncIterator[Any] | None = None if isinstance(inputs, Iterator) else inputs
         self._wanted = asyncio.Event()
@@ -79,6 +86,7 @@ class Driver:
         self._number = 0
         self._members: dict[str, Member] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
+        self._begun: set[str] = set()
         self._leaving: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stillborn = 0
@@ -140,12 +148,13 @@ class Driver:
             self.on_ended(context)
 
     async def _let_go(self, member: Member) -> None:
-        if await self._end(member):
+        """A shard goes back to the fleet; one that is not ready yet, too, if the fleet is kept for further runs."""
+        if (self._fleet.is_kept and member.name not in self._begun) or await self._end(member):
             self._fleet.give_back(member)
 
     async def _end(self, member: Member) -> bool:
         """Tells a shard that the run is over for it; one that does not answer, or never began, is killed: False."""
-        if member.name not in self.sharding.shards:
+        if member.name not in self._begun:
             self._fleet.drop(member)
             return False
         try:
@@ -168,8 +177,9 @@ class Driver:
         """From a shard's start to its death, or the run's end."""
         shard: Shard | None = None
         try:
-            asks, target = await member.actor.begin.remote()
-            self._fleet.serves(member, target)
+            self._fleet.serves(member, await member.actor.open.remote())
+            self._begun.add(member.name)  # from here on it is to be told of the end, too
+            asks = await member.actor.begin.remote(self._headers)
             shard = self.sharding.add(member.name, asks, self.clock())
             while True:
                 self._pump()
@@ -258,7 +268,7 @@ class Driver:
         for shard in list(self.sharding.hungry()):
             roots = self._take(shard)
             while roots:
-                batch = Batch([Seed(r.number, r.token, r.context.id, bool(r.context.name), r.data) for r in roots])
+                batch = Batch([_seed_of(root) for root in roots])
                 self._members[shard.name].actor.feed.remote(encode(batch))
                 roots = self._take(shard) if len(roots) == BATCH else []
         if self._feeding is not None:
@@ -447,6 +457,16 @@ class Driver:
         self.stalls.append(stall)
         if self.facts.context_stalled is not None:
             self.facts.context_stalled(stall.context, stall, self.clock())
+
+
+def _seed_of(root: Root) -> Seed:
+    context: Context = root.context
+    caller = None
+    if context._trace is not None:
+        from obsdag.telemetry.carrier import caller_of
+
+        caller = caller_of(context)
+    return Seed(root.number, root.token, context.id, bool(context.name), root.data, caller)
 
 
 def _nobody(context: Context) -> None:

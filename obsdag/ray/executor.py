@@ -85,7 +85,8 @@ class RayExecutor:
     allow_pickle: data that has no form of its own crosses pickled. Telemetry.off() silences the shards, which else log
     warnings and errors to their standard error.
 
-    telemetry: called on each shard with its name, returns its Telemetry. ops: each shard has a `start_ops_server` with
+    telemetry: called on each shard with its name, returns its Telemetry; traces go on from the span in which the run
+    began, as locally, with a `run` span for each shard. ops: each shard has a `start_ops_server` with
     these arguments, on a free port unless they name one; `targets` has the addresses. file_sd: a file that lists them
     for Prometheus's `file_sd_configs`, with the label `shard`.
 
@@ -124,6 +125,7 @@ class RayExecutor:
         settings = Settings(self.config, allow_pickle, telemetry, None if ops is None else dict(ops)).pack()
         self._fleet = Fleet(cluster, carry_dag(dag), settings, shards, options, file_sd)
         self._drivers: list[Driver] = []
+        self._is_traced = telemetry is not None
 
     # --- running
 
@@ -185,8 +187,7 @@ class RayExecutor:
         opened = open_inputs(inputs)
         self._fleet.enter()
         try:
-            driver = Driver(self._fleet, self.config, self.codec, opened)
-            self._drivers.append(driver)
+            driver = self._open_driver(opened)
             try:
                 yield driver
             finally:
@@ -196,6 +197,16 @@ class RayExecutor:
                 self._note(driver, result, end)
         finally:
             await see_through(self._fleet.leave(self.config.shutdown_grace))
+
+    def _open_driver(self, inputs: Any) -> Driver:
+        headers = {}
+        if self._is_traced:
+            from obsdag.telemetry.carrier import carry
+
+            headers = carry()
+        driver = Driver(self._fleet, self.config, self.codec, inputs, headers)
+        self._drivers.append(driver)
+        return driver
 
     def _note(self, driver: Driver, result: RunResult, end: float) -> None:
         result.failures, result.counts, result.stalled = list(driver.failures), driver.counts, driver.stalls

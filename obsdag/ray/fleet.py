@@ -55,6 +55,11 @@ class Fleet:
             self._cluster.acquire()
         self._users += 1
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether there are users beside the one that asks."""
+        return self._users > 1
+
     async def leave(self, grace_s: float) -> None:
         """For the last user: idle shards close what they hold, for `grace_s` seconds at most, and end."""
         self._users -= 1

@@ -41,7 +41,7 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
     """`async with RayServeExecutor(dag, config, shards=N) as executor:` starts serving, and drains at the end.
 
     Parameters as for RayExecutor; handle_signals, phase, manifest, `submit`, tickets and `drain` as for ServeExecutor,
-    except: a submission takes over no trace, and the manifest names shards instead of tasks. At most
+    except: the manifest names shards instead of tasks. At most
     `max_live_contexts` submissions for each shard, and `max_pending` more, are in here at once.
     """
 
@@ -63,9 +63,8 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
         except BaseException:
             self._signals.release(asyncio.get_running_loop())
             raise
-        driver = self._period = Driver(self._fleet, self.config, self.codec, iter(()))
+        driver = self._period = self._open_driver(iter(()))
         driver.open_ended, driver.failures_kept, driver.on_ended = True, self.config.failures_kept, self._ended
-        self._drivers.append(driver)
         driver.begin()
         driver.done.add_done_callback(self._run_ended)
         self._set_phase("accepting")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from obsdag.context import Context, OutputContext
@@ -20,6 +21,7 @@ from obsdag.executor import Executor, RunResult
 from obsdag.pools.carry import pack_error
 from obsdag.ray.wire import Answers, Codec, Ended, Failing, Made, Seed, Stalling, decode_batch, encode
 from obsdag.shell import RunShell
+from obsdag.telemetry.carrier import capture_caller, carried
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
@@ -119,8 +121,11 @@ class ShardEngine(Executor):
 
     # --- one run
 
-    async def begin(self) -> int:
-        """A run begins; the number of roots that its workers can begin with."""
+    async def begin(self, headers: Mapping[str, str]) -> int:
+        """A run begins; the number of roots that its workers can begin with.
+
+        headers: the span and the baggage in which the driver's run began, as W3C headers; empty if there are none.
+        """
         self._inbox.clear()
         self._ended.clear()
         self._by_number.clear()
@@ -131,7 +136,8 @@ class ShardEngine(Executor):
         self._shard = shell
         shell.open_ended = True
         shell.wanting = shell.refill = self._wanting
-        self._begin(shell)
+        with carried(headers) if headers else nullcontext():
+            self._begin(shell)
         shell.done.add_done_callback(lambda _: self._news.set())
         return self.config.context_worker_num
 
@@ -145,6 +151,9 @@ class ShardEngine(Executor):
             for seed in decode_batch(encoded).seeds:
                 context = Context(None, self._codec.decode(seed.data), seed.id if seed.named else "")
                 context._id = seed.id
+                if seed.caller is not None:
+                    mode, headers = seed.caller
+                    context._trace = capture_caller(headers, mode)
                 tree = self._by_number[seed.number] = _Tree(context, seed, self._tree_done)
                 context._scope = tree
                 self._inbox.append(context)

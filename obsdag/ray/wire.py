@@ -34,13 +34,16 @@ __all__ = [
 
 
 class Seed(msgspec.Struct, array_like=True):
-    """One root to run. named: whether its id is a name that was given."""
+    """One root to run. named: whether its id is a name that was given. caller: how the trace of whoever submitted it
+    goes on ("child" or "link"), and W3C headers; None if there is none.
+    """
 
     number: int
     token: int
     id: str
     named: bool
     data: bytes
+    caller: tuple[str, dict[str, str]] | None = None
 
 
 class Batch(msgspec.Struct, array_like=True):

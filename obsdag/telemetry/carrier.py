@@ -1,6 +1,7 @@
 """Trace context in and out: W3C `traceparent`, `tracestate` and `baggage` (SEMANTICS S4, T12).
 
 capture_caller(...) -> Caller      put into `Context._trace` by whoever submits a context, before it enters
+carry() -> carrier, carried        the present trace and baggage, for a run that begins on another machine, and there
 inject(execution) -> carrier       what goes to a process or machine with an execution
 remote_span(carrier)               there: the trace goes on while the function runs
 absorb(execution, payload)         here: what the far side noted, taken back with the result
@@ -43,6 +44,8 @@ __all__ = [
     "absorb",
     "caller_of",
     "capture_caller",
+    "carried",
+    "carry",
     "inject",
     "remote_span",
     "restore_callers",
@@ -112,6 +115,23 @@ def caller_of(context: Context) -> tuple[str, dict[str, str]] | None:
         base = set_span_in_context(NonRecordingSpan(caller.span_context), base)
     _W3C.inject(headers, base)
     return caller.mode, headers
+
+
+def carry() -> dict[str, str]:
+    """The headers of the present span and baggage; empty if there is neither."""
+    headers: dict[str, str] = {}
+    _W3C.inject(headers, get_current())
+    return headers
+
+
+@contextmanager
+def carried(headers: Mapping[str, str]) -> Iterator[None]:
+    """On the other machine: what begins in the block begins in the span, and with the baggage, of `carry`."""
+    token = attach(_W3C.extract(headers, OtelContext()))
+    try:
+        yield
+    finally:
+        detach(token)
 
 
 def restore_callers(contexts: Iterable[Context]) -> None:

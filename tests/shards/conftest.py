@@ -19,7 +19,7 @@ GIVEN = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def ray_nodes() -> Iterator[Any]:
     """The cluster, joined by this process; nodes may be removed, and are added again by `whole`."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'obsdag[ray]'")

@@ -8,6 +8,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+from opentelemetry.baggage import get_baggage
+
 from obsdag import DAG, Context
 
 mixed = DAG("mixed")
@@ -108,4 +110,13 @@ stuck = DAG("stuck")
 @stuck.task
 async def wait(context: Context) -> Context:
     await asyncio.sleep(3600)
+    return context
+
+
+baggage = DAG("baggage")
+
+
+@baggage.task
+async def look(context: Context) -> Context:
+    context["customer"] = get_baggage("customer")
     return context

@@ -34,9 +34,10 @@ def dag() -> DAG:
 
 
 def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # of the tests' cluster
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
+        env={**here, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
         cwd=folder,
         capture_output=True,
         text=True,
