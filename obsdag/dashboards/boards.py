@@ -415,6 +415,36 @@ _ENGINE = Board(
             ),
         ),
         Row(
+            "Shards",
+            (
+                panel(
+                    "Roots ended, by shard",
+                    Query(
+                        f"sum by (shard, instance) (rate(obsdag_root_seconds_count{selector('obsdag_root_seconds')}"
+                        "[$__rate_interval]))",
+                        "{{shard}} {{instance}}",
+                        ("obsdag_root_seconds",),
+                    ),
+                    kind="stack",
+                    unit="ops",
+                    text="Root contexts that ended, per second, by shard of a Ray cluster (label `shard` of the list of"
+                    " targets that the driver writes) and process.\n\n**Bad:** one far below the others, though it is"
+                    " busy: its machine is slower, or shared with others.",
+                ),
+                panel("Living contexts, by shard", now("obsdag_contexts", "shard, instance"), kind="stack"),
+                panel(
+                    "Utilization, by shard",
+                    ratio(
+                        speed("obsdag_worker_busy_seconds_total", "shard, instance"),
+                        usually("obsdag_workers", "shard, instance"),
+                        "{{shard}} {{instance}}",
+                    ),
+                    unit="percentunit",
+                    maximum=1,
+                ),
+            ),
+        ),
+        Row(
             "Telemetry",
             (
                 panel("Lost", speed("obsdag_telemetry_dropped_total", "signal, reason"), width=6),

@@ -22,7 +22,7 @@ from obsdag.ops.feed import Feed
 from obsdag.ops.guard import LOOPBACK_HOSTS, SECURITY_HEADERS, Guard, Refusal
 from obsdag.ops.health import Pulse, readiness
 from obsdag.ops.state import Reader
-from obsdag.ops.watch import Watch
+from obsdag.ops.watch import Far, Watch
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -54,7 +54,7 @@ class Answer(NamedTuple):
 
 
 def create_app(
-    *executors: Executor,
+    *executors: Executor | Far,
     registry: CollectorRegistry | None = None,
     token: str | None = None,
     metrics_token: str | None = None,
@@ -65,6 +65,7 @@ def create_app(
 ) -> OpsApp:
     """The ASGI application that shows `executors`, to be mounted in a service or served on its own.
 
+    executors: local ones, or those of a Ray cluster, of which the driver's side is shown, and where each shard's is.
     registry: of `/metrics` (None: that of the executors' telemetry, else prometheus_client's default). token: for the
     page and `/api/*`; without one they are answered to this machine only. metrics_token: for `/metrics` (None: open).
     allowed_hosts: names in the Host header under which the page and `/api/*` are asked for ("*": any). jaeger_url: of a
@@ -86,7 +87,7 @@ class OpsApp:
 
     def __init__(
         self,
-        executors: tuple[Executor, ...],
+        executors: tuple[Executor | Far, ...],
         registry: CollectorRegistry | None,
         guard: Guard,
         *,
@@ -306,7 +307,7 @@ def _assets() -> dict[str, Answer]:
 # --- settings
 
 
-def _registry_of(executors: tuple[Executor, ...]) -> CollectorRegistry | None:
+def _registry_of(executors: tuple[Executor | Far, ...]) -> CollectorRegistry | None:
     """The one registry that the executors' telemetry reports to; their series are there from now on."""
     found: list[CollectorRegistry] = []
     for executor in executors:
@@ -323,7 +324,7 @@ def _registry_of(executors: tuple[Executor, ...]) -> CollectorRegistry | None:
 
 def _check(executors: tuple[Any, ...], jaeger_url: Any, interval_s: Any, max_streams: Any) -> None:
     for executor in executors:
-        if not isinstance(executor, Executor):
+        if not isinstance(executor, Executor | Far):
             raise ConfigError(f"create_app takes executors, not {executor!r:.80}")
     if jaeger_url is not None and not (
         isinstance(jaeger_url, str) and jaeger_url.startswith(("http://", "https://")) and jaeger_url.isprintable()

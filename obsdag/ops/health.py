@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from obsdag.serve import ServeExecutor
+from obsdag.ops.watch import Far
+from obsdag.serving import Serving
 
 if TYPE_CHECKING:
     from obsdag.ops.watch import Watch
-    from obsdag.shell import RunShell
 
 __all__ = ["Pulse", "readiness"]
 
@@ -47,8 +47,9 @@ class Pulse:
     def _loops(self) -> dict[asyncio.AbstractEventLoop, list[Watch]]:
         found: dict[asyncio.AbstractEventLoop, list[Watch]] = {}
         for watch in self._watches:
-            shells: list[RunShell] = list(watch.executor._shells)
-            for loop in {shell.loop for shell in shells}:
+            executor = watch.executor
+            runs = list(executor._drivers if isinstance(executor, Far) else executor._shells)
+            for loop in {run.loop for run in runs}:
                 if loop.is_running():  # one that is stopped for now, by a host that drives it bit by bit, is not ill
                     found.setdefault(loop, []).append(watch)
         with self._lock:
@@ -97,7 +98,7 @@ def readiness(watches: Iterable[Watch]) -> tuple[bool, dict[str, Any]]:
     phases = [
         {"dag": watch.executor.plan.name, "phase": str(watch.executor.phase)}
         for watch in watches
-        if isinstance(watch.executor, ServeExecutor)
+        if isinstance(watch.executor, Serving)
     ]
     ready = all(each["phase"] == "accepting" for each in phases)
     return ready, {"status": "ready" if ready else "not ready", "executors": phases}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from obsdag.executor import Executor
     from obsdag.ops.http import Bounds
+    from obsdag.ops.watch import Far
 
 __all__ = ["OpsServer", "start_ops_server"]
 
@@ -34,7 +35,7 @@ _CLOSE_S: Final = 5.0
 
 
 def start_ops_server(
-    *executors: Executor,
+    *executors: Executor | Far,
     port: int = 9464,
     host: str = "127.0.0.1",
     registry: CollectorRegistry | None = None,

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.core.states import LANES, OUTCOMES, STATES, State
 from obsdag.ops.findings import Story
-from obsdag.ops.watch import Rates, Sample, Watch, trace_id_of
-from obsdag.serve import ServeExecutor
+from obsdag.ops.watch import Far, Rates, Sample, Watch, trace_id_of
+from obsdag.serving import Serving
 from obsdag.telemetry.gauges import settled_counts
 from obsdag.telemetry.tally import MetricsObserver
 
@@ -73,7 +73,10 @@ class Reader:
         """
         executor, unreadable = self.watch.executor, list[str]()
         shells = list(executor._shells)
+        far = executor.seen() if isinstance(executor, Far) else {}
         counts, states, unaccounted = self._counts(shells)
+        for name, number in far.pop("counts", {}).items():
+            counts[name] += number
         living = [(shell, _oldest(shell.run)) for shell in shells]
         rows, rate = self._rows(shells, living, counts)
         state = {
@@ -87,13 +90,15 @@ class Reader:
             **_parts(unreadable, shells, living),
             **self._remembered(),
             "unreadable": unreadable,
+            "shards": None,
+            **far,
         }
         state["findings"] = self._story.findings(state, time.time())
         return state, rows
 
     def _whole(self, shells: list[RunShell]) -> dict[str, Any]:
         executor = self.watch.executor
-        serving = executor if isinstance(executor, ServeExecutor) else None
+        serving = executor if isinstance(executor, Serving) else None
         return {
             "dag": self._plan.name,
             "engine": getattr(executor.config.telemetry, "engine", None),

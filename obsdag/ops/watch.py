@@ -11,19 +11,22 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from obsdag.core.observer import Facts, Observer
 
 if TYPE_CHECKING:
+    from obsdag.config import ExecutorConfig
     from obsdag.context import Context
     from obsdag.core.records import Execution, Failure, Stall
     from obsdag.core.state import RunState
     from obsdag.executor import Executor
+    from obsdag.plan import Plan
+    from obsdag.shell import RunShell
     from obsdag.tasks.base import Task
     from obsdag.telemetry.selfstats import Kept, SelfStats
 
-__all__ = ["KEPT", "Rates", "Sample", "Watch"]
+__all__ = ["KEPT", "Far", "Rates", "Sample", "Watch"]
 
 KEPT: Final = 50
 """Failures, events and traces that are remembered, the newest."""
@@ -35,10 +38,24 @@ _WINDOW_S: Final = 10.0
 _SPACING_S: Final = 0.9
 
 
+@runtime_checkable
+class Far(Protocol):
+    """An executor whose runs are elsewhere: of its shards it knows what they have been given."""
+
+    config: ExecutorConfig
+    plan: Plan
+    _shells: list[RunShell]  # none: its runs have no shell here
+    _totals: Counter[str]
+    _drivers: list[Any]
+
+    def seen(self) -> dict[str, Any]:
+        """The present moment: `runs`, `up_s`, `counts`, `living`, and `shards`, a dict of plain values for each."""
+
+
 class Watch(Observer):
     """Remembers the trouble of one executor's runs. `close` takes it off again."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor | Far) -> None:
         self.executor = executor
         self.failures: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self.events: deque[dict[str, Any]] = deque(maxlen=KEPT)
@@ -101,7 +118,7 @@ class Watch(Observer):
         run = context._run
         self.failures.append(
             {
-                "at": now + (run.epoch if run is not None else 0.0),
+                "at": now + run.epoch if run is not None else time.time(),
                 "context": context.id,
                 "task": task,
                 "attempts": attempts,
@@ -197,7 +214,7 @@ def trace_id_of(context: Context, execution: Execution | None = None) -> str | N
         return None
 
 
-def _kept_listeners(executor: Executor) -> list[Callable[[Sequence[Kept]], None]] | None:
+def _kept_listeners(executor: Executor | Far) -> list[Callable[[Sequence[Kept]], None]] | None:
     stats: SelfStats | None = getattr(executor.config.telemetry, "stats", None)
     return None if stats is None else stats.on_kept
 

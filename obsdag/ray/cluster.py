@@ -24,6 +24,7 @@ from obsdag.ops.server import OpsServer, start_ops_server
 from obsdag.ray.shard import ShardEngine
 from obsdag.ray.wire import Codec
 from obsdag.telemetry import Telemetry
+from obsdag.telemetry.lines import PROCESS
 
 try:
     import ray
@@ -140,6 +141,7 @@ class _ShardActor:
         return "" if self._ops is None else _address_of(self._ops)
 
     async def _opened(self) -> ShardEngine:
+        PROCESS["shard"] = self._name
         settings = Settings.unpack(self._carried[1])
         config = settings.config
         if settings.telemetry is not None:

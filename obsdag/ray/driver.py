@@ -60,6 +60,7 @@ class Driver:
         self.config = config
         self.loop = asyncio.get_running_loop()
         self.clock = self.loop.time
+        self.started = self.clock()
         self.done: asyncio.Future[None] = self.loop.create_future()
         self.emit: Callable[[OutputContext], None] = _nobody
         self.on_ended: Callable[[Context], None] = _nobody
@@ -257,6 +258,21 @@ class Driver:
         self._alarm = None
         if not self.sharding.shards:
             self.end_early("error", PoolError(f"no shard has started within {START_S:g} s: {self._fleet.shortage()}"))
+
+    def shards_seen(self) -> list[dict[str, Any]]:
+        """Each shard as plain values, for any thread to read."""
+        return [self._seen(member) for member in list(self._members.values())]
+
+    def _seen(self, member: Member) -> dict[str, Any]:
+        shard = self.sharding.shards.get(member.name)
+        phase = "starting" if shard is None else "leaving" if shard.leaving else "running"
+        return {
+            "name": member.name,
+            "phase": phase,
+            "roots": 0 if shard is None else len(shard.roots),
+            "ahead": 0 if shard is None else shard.given - shard.taken,
+            "target": self._fleet.targets.get(member.name, ""),
+        }
 
     # --- giving
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -125,6 +125,8 @@ class RayExecutor:
         settings = Settings(self.config, allow_pickle, telemetry, None if ops is None else dict(ops)).pack()
         self._fleet = Fleet(cluster, carry_dag(dag), settings, shards, options, file_sd)
         self._drivers: list[Driver] = []
+        self._shells: list[Any] = []  # no run of its own has a shell here
+        self._totals: Counter[str] = Counter()
         self._is_traced = telemetry is not None
 
     # --- running
@@ -191,9 +193,9 @@ class RayExecutor:
             try:
                 yield driver
             finally:
-                self._drivers.remove(driver)
                 end = driver.clock()
                 await see_through(driver.close())
+                self._retire(driver)
                 self._note(driver, result, end)
         finally:
             await see_through(self._fleet.leave(self.config.shutdown_grace))
@@ -207,6 +209,11 @@ class RayExecutor:
         driver = Driver(self._fleet, self.config, self.codec, inputs, headers)
         self._drivers.append(driver)
         return driver
+
+    def _retire(self, driver: Driver) -> None:
+        """Its run is over."""
+        self._drivers.remove(driver)
+        self._totals.update(driver.counts)
 
     def _note(self, driver: Driver, result: RunResult, end: float) -> None:
         result.failures, result.counts, result.stalled = list(driver.failures), driver.counts, driver.stalls
@@ -229,6 +236,19 @@ class RayExecutor:
     def targets(self) -> dict[str, str]:
         """Where `/metrics` of each shard is, by its name, as long as it lives; with `ops` only."""
         return dict(self._fleet.targets)
+
+    def seen(self) -> dict[str, Any]:
+        """What the live page shows of it, read from any thread: `obsdag.ops` looks here (`Far`)."""
+        drivers = list(self._drivers)
+        counts = sum((Counter(driver.counts) for driver in drivers), Counter[str]())
+        return {
+            "phase": getattr(self, "phase", "running" if drivers else "idle"),
+            "runs": len(drivers),
+            "up_s": max((driver.clock() - driver.started for driver in drivers), default=0.0),
+            "counts": dict(counts),
+            "living": 2 * counts["entered"] - sum(counts.values()),
+            "shards": [shard for driver in drivers for shard in driver.shards_seen()],
+        }
 
     def scale(self, shards: int) -> None:
         """From now on there are to be `shards` of them, in runs that go on, too; on the event loop of these.

@@ -84,8 +84,14 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
 
     async def _leave(self) -> None:
         if self._period is not None:
-            self._drivers.remove(self._period)
+            self._retire(self._period)
         await self._fleet.leave(self.config.shutdown_grace)
+
+    def _tell(self, fact: str, *arguments: Any) -> None:
+        driver = self._period
+        tell = None if driver is None else getattr(driver.facts, fact)
+        if driver is not None and tell is not None:
+            tell(*arguments, driver.clock())
 
     # --- submitting
 
@@ -93,6 +99,7 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
         driver.submit(context)
         ticket = _ShardTicket(self, context, driver.clock())
         self._tickets.add(ticket)
+        self._tell("submitted", context)
         if due is not None:
             self._timers[ticket] = driver.loop.call_at(due, self._too_late, ticket)
         return ticket

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from obsdag.core.observer import Observer
 from obsdag.core.records import Execution, current_execution
+from obsdag.telemetry.lines import PROCESS
 
 __all__ = ["ContextFilter", "CurrentExecution", "add_context", "context_keys", "observers", "want"]
 
@@ -48,12 +49,12 @@ class CurrentExecution(Observer):
 def context_keys() -> dict[str, Any]:
     """engine, dag, context_id, root_id, task, attempt, worker, trace_id and span_id of the current execution.
 
-    Empty outside of executions; trace_id and span_id (hex, of the current span) only where tracing is on, worker only
-    where there is one.
+    None of these outside of executions; trace_id and span_id (hex, of the current span) only where tracing is on,
+    worker only where there is one. On a shard, its name, as `shard`, everywhere.
     """
     execution = current_execution.get() or _traced_execution()
     if execution is None:
-        return {}
+        return dict(PROCESS)
     context, run = execution.context, execution.context._run
     keys: dict[str, Any] = {}
     if run is not None:
@@ -62,7 +63,7 @@ def context_keys() -> dict[str, Any]:
     keys |= {"task": execution.task.id, "attempt": execution.attempt}
     if execution.worker >= 0:
         keys["worker"] = execution.worker
-    return keys | _span_keys()
+    return keys | PROCESS | _span_keys()
 
 
 def _traced_execution() -> Execution | None:

@@ -17,11 +17,25 @@ from typing import Any, Final, Protocol
 
 from obsdag.telemetry.specs import error_type_of
 
-__all__ = ["LOGGER", "Line", "Redact", "Throttle", "brief", "error_keys", "is_heard", "line_logger", "safe_text"]
+__all__ = [
+    "LOGGER",
+    "PROCESS",
+    "Line",
+    "Redact",
+    "Throttle",
+    "brief",
+    "error_keys",
+    "is_heard",
+    "line_logger",
+    "safe_text",
+]
 
 LOGGER: Final = logging.getLogger("obsdag")
 if not any(isinstance(handler, logging.NullHandler) for handler in LOGGER.handlers):
     LOGGER.addHandler(logging.NullHandler())  # silent until the host configures logging: no last resort on stderr
+
+PROCESS: Final[dict[str, Any]] = {}
+"""Keys of this process, on every line: a shard has its name here, as `shard`."""
 
 _RESERVED: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 _MAX_TEXT = 2_000
@@ -75,7 +89,7 @@ def line_logger() -> Line:
 
 def _to_door(_: Any, __: str, event_dict: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     event, exc_info, exc_text = (event_dict.pop(key, None) for key in ("event", "exc_info", "exc_text"))
-    return (event, event_dict, exc_info, exc_text), {}
+    return (event, {**event_dict, **PROCESS}, exc_info, exc_text), {}
 
 
 class _Door:

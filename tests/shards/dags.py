@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -119,4 +120,25 @@ baggage = DAG("baggage")
 @baggage.task
 async def look(context: Context) -> Context:
     context["customer"] = get_baggage("customer")
+    return context
+
+
+logging_ = DAG("logging")
+
+
+@logging_.task
+async def say(context: Context) -> Context:
+    logging.getLogger("tests").warning("of the task's own")
+    raise ValueError("and then it fails")
+
+
+mixed_and_stuck = DAG("mixed and stuck")
+
+
+@mixed_and_stuck.task
+async def check(context: Context) -> Context:
+    if context.get("stuck"):
+        await asyncio.sleep(3600)
+    if context["x"] == 9:
+        raise ValueError("bad")
     return context

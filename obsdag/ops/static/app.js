@@ -109,6 +109,7 @@ function draw() {
   panels.slowest(state, task, feed.jaeger_url);
   panels.workers(state, task);
   panels.flow(state);
+  panels.shards(state);
   panels.traces(state, feed.at, feed.jaeger_url);
   panels.events(state, feed.at);
 }

@@ -213,6 +213,22 @@ function limitSaid(each) {
   return `${used}${count(each.waiting)} waiting${next}`;
 }
 
+export function shards(state) {
+  $("shards").hidden = !state.shards;
+  if (!state.shards) return;
+  text($("shards-note"), `${plural(state.shards.length, "engine")} on a cluster`);
+  const make = () => {
+    const parts = { name: el("b"), said: span(), target: span("mono") };
+    return entry(parts, el("div", { class: "line" }, el("span", {}, parts.name, " ", parts.said), parts.target));
+  };
+  fill("shards-list", state.shards, "None has started yet.", (each) => each.name, make, ({ parts }, each) => {
+    text(parts.name, each.name);
+    const ahead = each.ahead ? `, ${count(each.ahead)} of them waiting there` : "";
+    text(parts.said, each.phase === "running" ? `${plural(each.roots, "root")}${ahead}` : each.phase);
+    text(parts.target, each.target);
+  });
+}
+
 export function traces(state, now, jaeger) {
   text($("traces-note"), state.traces.length && !jaeger ? "links need jaeger_url" : "");
   fill("traces-list", state.traces, "None kept yet.", (each) => each.trace_id, (each) => {
