@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from obsdag.cli import shards
 from obsdag.cli.common import FAILED, OK, CliError, one_line, output_descriptor, shown
 from obsdag.cli.files import LineSink, check_apart, open_input
 from obsdag.cli.jsonl import LineSource, lenient_line, line_of, why_not_json
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from obsdag.context import Context
     from obsdag.core.records import Execution, Failure, Stall
     from obsdag.executor import Executor, OutputStream
-    from obsdag.graph import DAG
     from obsdag.ray import RayExecutor, RayStream
 
 __all__ = ["LOG_LEVELS", "FailureLog", "Terminated", "add_command", "ending_on_signals", "set_up_logs"]
@@ -75,12 +75,7 @@ def add_command(commands: Any) -> None:
     add("-q", "--quiet", action="store_true", help="show no progress and no summary")
     add("--log-level", choices=LOG_LEVELS, help="show the engine's log lines from this level on (default: none)")
     add_settings(parser)
-    group = parser.add_argument_group("on a Ray cluster (pip install 'obsdag[ray]')")
-    where = "run on the Ray cluster at ADDRESS, on the one that this machine is part of, or on one of its own"
-    group.add_argument("--ray", metavar="ADDRESS|auto|local", help=where)
-    group.add_argument("--shards", metavar="N", type=int, help="engines on the cluster (default 2)")
-    insecure = "use a cluster that others can reach, though it asks for no token"
-    group.add_argument("--insecure", action="store_true", help=insecure)
+    shards.add_options(parser)
     parser.set_defaults(command=command)
 
 
@@ -88,6 +83,8 @@ def command(args: argparse.Namespace) -> int:
     """Does what the command line asks for; the exit status. Raises CliError."""
     from obsdag.cli.target import load_dag
 
+    if args.ray is not None and args.log_level in ("debug", "info"):
+        raise CliError(f"--log-level {args.log_level}: with --ray, engines log warnings and errors only")
     config = set_up_logs(load_config(args, args.target), args.log_level)
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(output_descriptor()) if args.output == "-" else None
@@ -98,31 +95,12 @@ def command(args: argparse.Namespace) -> int:
         log = FailureLog(LineSink(args.failures, "--failures") if args.failures is not None else None)
         stack.callback(log.discard)
         try:
-            executor = _executor(args, dag, config.replace(observers=(*config.observers, log)))
+            executor = shards.make_executor(args, dag, config.replace(observers=(*config.observers, log)))
         except ObsdagError as error:
             hint = next((f" ({option})" for words, option in _HINTS.items() if words in str(error)), "")
             raise CliError(f"{args.target}: {one_line(error)}{hint}") from error
         progress = make_progress(source.name, args.quiet)
         return asyncio.run(_Run(executor, source, sink, log, progress, args.quiet).run())
-
-
-def _executor(args: argparse.Namespace, dag: DAG, config: ExecutorConfig) -> Executor | RayExecutor:
-    if args.ray is None:
-        if args.shards is not None or args.insecure:
-            raise CliError(
-                "--shards and --insecure are for a Ray cluster: say which one by --ray ADDRESS, or --ray local"
-            )
-        from obsdag.executor import Executor
-
-        return Executor(dag, config=config)
-    if args.log_level in ("debug", "info"):
-        raise CliError(f"--log-level {args.log_level}: with --ray, engines log warnings and errors only")
-    try:
-        from obsdag.ray import RayExecutor
-    except ImportError as error:
-        raise CliError(f"--ray: {one_line(error)}") from error
-    shards = 2 if args.shards is None else args.shards
-    return RayExecutor(dag, config, shards=shards, address=args.ray, insecure=args.insecure)
 
 
 def _open_source(args: argparse.Namespace, stack: contextlib.ExitStack, output: int | None) -> LineSource:

@@ -55,7 +55,7 @@ def serve(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; the exit status. Raises CliError."""
     from obsdag.examples.demo_service import main
 
-    if args.settings or any((args.config, args.path, args.out, args.quiet)):
+    if args.settings or any((args.config, args.path, args.out, args.quiet, args.ray, args.shards, args.insecure)):
         raise CliError(f"--serve goes with {', '.join(OPTIONS)} only")
     try:
         return main(_options(args))

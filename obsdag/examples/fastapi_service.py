@@ -15,6 +15,9 @@ The live page is at http://localhost:8000/ops/, metrics at /ops/metrics. What to
 - with several processes (`--workers 4`) each has a port of its own for metrics: set ORDERS_FILE_SD to a folder that
   Prometheus reads as `file_sd_configs`, and each writes its target there for as long as it runs
 
+- with ORDERS_RAY=local (or a cluster's address) the DAG runs on a Ray cluster, on ORDERS_SHARDS engines; nothing else
+  changes for those who ask for quotes
+
 Settings come from OBSDAG_* variables, and ORDERS_OTLP (where to send spans), ORDERS_OPS_TOKEN, ORDERS_CALL_S (how long
 the database takes here).
 """
@@ -26,7 +29,8 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Header, HTTPException, Request
 from pydantic import BaseModel, Field
@@ -45,6 +49,9 @@ from obsdag import (
     Tracing,
 )
 from obsdag.ops import create_app, start_ops_server
+
+if TYPE_CHECKING:
+    from obsdag.ray import RayServeExecutor
 
 __all__ = ["Order", "UnknownItem", "app", "build", "executor"]
 
@@ -89,14 +96,26 @@ def build() -> DAG:
 
 # --- what lives as long as the process
 
-_otlp = os.environ.get("ORDERS_OTLP")
-telemetry = Telemetry("quotes", tracing=Tracing.otlp(_otlp) if _otlp else Tracing())
-executor = ServeExecutor(
-    build(),
-    config=ExecutorConfig.load(
-        {"context_worker_num": 64, "task_worker_num": 0, "max_live_contexts": 256, "max_pending": 256},
-        telemetry=telemetry,
-    ),
+
+def make_telemetry(otlp: str | None, shard: str = "") -> Telemetry:
+    """Of this process, or of a shard, whose environment is another one. otlp: where to send spans."""
+    return Telemetry("quotes", tracing=Tracing.otlp(otlp) if otlp else Tracing())
+
+
+def make_executor(config: ExecutorConfig) -> ServeExecutor | RayServeExecutor:
+    """One that runs the DAG here, or on a Ray cluster, where each shard has telemetry of its own."""
+    address, otlp = os.environ.get("ORDERS_RAY"), os.environ.get("ORDERS_OTLP")
+    if address is None:
+        return ServeExecutor(build(), config=config.replace(telemetry=make_telemetry(otlp)))
+    from obsdag.ray import RayServeExecutor
+
+    shards = int(os.environ.get("ORDERS_SHARDS", "2"))
+    telemetry = partial(make_telemetry, otlp)
+    return RayServeExecutor(build(), config, address=address, shards=shards, telemetry=telemetry, ops={})
+
+
+executor = make_executor(
+    ExecutorConfig.load({"context_worker_num": 64, "task_worker_num": 0, "max_live_contexts": 256, "max_pending": 256})
 )
 _token = os.environ.get("ORDERS_OPS_TOKEN")
 
@@ -111,7 +130,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             stack.enter_context(start_ops_server(executor, port=0, token=_token, file_sd=folder))
         await stack.enter_async_context(executor)
         yield
-    await telemetry.close()
+    if executor.config.telemetry is not None:
+        await executor.config.telemetry.close()
 
 
 app = FastAPI(title="quotes", lifespan=lifespan)

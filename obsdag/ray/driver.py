@@ -11,7 +11,7 @@ The end of a run, by steps (`close`): 1. shards are told to end, which cancels w
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Driver:
     headers: of the span and the baggage in which it begins (W3C); shards go on with them. open_ended: more may be
     submitted at any time; on_ended: told of each root when all of it is here. counts: `entered` and each outcome, of
     answered roots and what was made from them, `entered` of all. early: why the run ends early, fatal: the error, if
-    any. buffered: outputs that nobody has taken yet.
+    any. buffered: outputs that nobody has taken yet. numbers: of the engines of shards that have ended the run.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Driver:
         self.failures: deque[Failure] = deque()
         self.stalls: list[Stall] = []
         self.failures_kept: int | None = None
+        self.numbers: Counter[str] = Counter()
         self.cleanup_errors: list[tuple[str, BaseException]] = []
         self.abandoned: list[str] = []
         self.buffered = 0
@@ -164,6 +165,7 @@ class Driver:
         except (TimeoutError, ShardDied, ShardRaised):
             self._fleet.drop(member)
             return False
+        self.numbers.update({name: told["numbers"][name] for name in told["numbers"] if name not in self.counts})
         self.abandoned += [f"{member.name}: {each}" for each in told["abandoned"]]
         for what, error in told["cleanup_errors"]:
             found = unpack_error(RemoteFailure(*error))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from obsdag.config import ExecutorConfig
 from obsdag.context import OutputContext
 from obsdag.core.records import Failure, Stall
+from obsdag.core.states import OUTCOMES
 from obsdag.errors import ConfigError
 from obsdag.executor import RunResult, _early_error
 from obsdag.inputs import Inputs, open_inputs
@@ -214,6 +215,8 @@ class RayExecutor:
         """Its run is over."""
         self._drivers.remove(driver)
         self._totals.update(driver.counts)
+        self._totals.update(driver.numbers)
+        self._totals["runs"] += 1
 
     def _note(self, driver: Driver, result: RunResult, end: float) -> None:
         result.failures, result.counts, result.stalled = list(driver.failures), driver.counts, driver.stalls
@@ -225,7 +228,24 @@ class RayExecutor:
             return None
         return driver.loop.call_later(self.config.deadline, driver.end_early, "deadline", None)
 
-    # --- the shards
+    # --- looking, and the shards
+
+    def stats(self) -> dict[str, Any]:
+        """As `Executor.stats`; executions, retries and the numbers of tasks are those of runs that have ended.
+
+        They are the engines' own: a shard that died takes with it what it had counted, and a root that ran twice
+        counts twice.
+        """
+        totals = self._totals.copy()
+        for driver in list(self._drivers):
+            totals.update(driver.counts)
+        entered, ended = totals["entered"], sum(totals[name] for name in OUTCOMES)
+        tasks = {
+            task.id: {"executions": int(totals[f"n:{task.id}"]), "seconds": float(totals[f"s:{task.id}"])}
+            for task in self.plan.tasks[1:-1]
+        }
+        names = ("runs", "executions", "retries", "entered", *OUTCOMES)
+        return {**{name: totals[name] for name in names}, "living": entered - ended, "tasks": tasks}
 
     @property
     def shards(self) -> int:

@@ -17,7 +17,7 @@ from obsdag.context import Context, OutputContext
 from obsdag.core.observer import Observer
 from obsdag.core.records import Execution, Scope, Stall
 from obsdag.errors import EncodingError
-from obsdag.executor import Executor, RunResult
+from obsdag.executor import Executor, RunResult, _numbers
 from obsdag.pools.carry import pack_error
 from obsdag.ray.wire import Answers, Codec, Ended, Failing, Made, Seed, Stalling, decode_batch, encode
 from obsdag.shell import RunShell
@@ -193,7 +193,7 @@ class ShardEngine(Executor):
         return encode(Answers(self._taken, self._told_asks, ended, fault))
 
     async def end(self, early: bool) -> dict[str, Any]:
-        """The run ends; early: what lives is cancelled. Gives what `RunResult` tells of the end."""
+        """The run ends; early: what lives is cancelled. Gives what `RunResult` tells of the end, and plain counters."""
         shell = self._running()
         shell.wanting = shell.refill = None
         shell.open_ended, shell.inputs = False, None
@@ -204,7 +204,7 @@ class ShardEngine(Executor):
         self._news.set()  # whoever waits for answers gets none
         await self._close(shell, result)
         errors = [(what, tuple(pack_error(error))) for what, error in result.cleanup_errors]
-        return {"cleanup_errors": errors, "abandoned": result.abandoned}
+        return {"cleanup_errors": errors, "abandoned": result.abandoned, "numbers": dict(_numbers(shell))}
 
     def _running(self) -> _ShardShell:
         if self._shard is None:
