@@ -17,7 +17,8 @@ from obsdag.mailbox import see_through
 from obsdag.tickets import Ticket, TicketBook
 
 if TYPE_CHECKING:
-    from obsdag.journal.recorder import Entry, Recorder
+    from obsdag.journal.entries import Entry
+    from obsdag.journal.recorder import Recorder
     from obsdag.journal.recover import Recovery
     from obsdag.plan import Plan
     from obsdag.shell import RunShell

@@ -141,11 +141,6 @@ class SQLiteJournal:
 
     # --- what runs ask
 
-    def take_key(self) -> int:
-        """The key of a new context."""
-        key, self.next_key = self.next_key, self.next_key + 1
-        return key
-
     @property
     def depth(self) -> int:
         """Rows that wait to be committed."""

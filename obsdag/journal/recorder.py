@@ -1,9 +1,9 @@
 """The recorder: the observer that writes down, per turn of the event loop, what the transitions of a run changed.
 
 All transitions are synchronous on the loop's thread, so the state between two callbacks is consistent. A fact marks its
-context as touched; the first mark of a turn asks for `flush`, which makes one row per touched context from its state at
-that moment and hands them to the writer as one unit. Only data is taken earlier: at the moment an execution has
-finished, since the next one may already have changed half of it when the turn ends.
+context as touched; at the end of the turn, or as soon as the writer can use it, `flush` makes one row per touched
+context from its state at that moment and hands them to the writer as one unit. Only data is taken earlier: at the
+moment an execution has finished, since the next one may already have changed half of it when the turn ends.
 
 What leaves the engine waits: `after_commit` calls back when everything that has happened until now is in the file.
 Executions that follow do not wait, so after a crash a task may run again on a context (at least once).
@@ -20,63 +20,31 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
-from obsdag.core.base import _DISCARDED
+from obsdag.context import OutputContext
 from obsdag.core.observer import Facts, Observer
 from obsdag.core.restoring import Saved, restore
 from obsdag.errors import EncodingError, JournalError
-from obsdag.journal.codec import Body, Failed, Rare, pack_mask
-from obsdag.journal.schema import Row, checksum
+from obsdag.journal.codec import pack_mask
+from obsdag.journal.entries import Entry, describe_plan, failed_of, row_of
 from obsdag.journal.store import Store
 
 if TYPE_CHECKING:
-    from obsdag.context import Context, OutputContext
-    from obsdag.core.records import Execution, Failure, More, Stall
+    from obsdag.context import Context
+    from obsdag.core.records import Execution, Failure, Stall
     from obsdag.journal.journal import SQLiteJournal
     from obsdag.journal.recover import Recovery
     from obsdag.plan import Plan
     from obsdag.shell import RunShell
 
-__all__ = ["Entry", "Recorder", "describe_plan"]
+__all__ = ["Recorder"]
 
-_encode = msgspec.msgpack.Encoder().encode
 _ALIVE_S: Final = 60.0
 _PRUNE_S: Final = 300.0
-_TEXT: Final = 4_000
+_UNDER_WAY: Final = 2
+"""Units at the writer's: one that it commits, and one that it goes on with."""
 
-
-class Entry:
-    """What the journal knows of one context: its key and what cannot be read from the context itself.
-
-    data: encoded when one of its executions finished last. crashes, started, suspect: see `Body`; a suspect was
-    recovered and has made no progress since. caller: of a submission, see `Body`. over: its outcome is written down.
-    problem: why its data has no form.
-    """
-
-    __slots__ = (
-        *("caller", "crashes", "data", "due", "entered", "failed", "journal", "key", "kind"),
-        *("over", "problem", "started", "suspect", "tree"),
-    )
-
-    def __init__(self, journal: str, key: int, tree: int, kind: str, entered: float) -> None:
-        self.journal = journal
-        self.key = key
-        self.tree = tree
-        self.kind = kind
-        self.entered = entered
-        self.data: bytes | None = None
-        self.failed: Failed | None = None
-        self.problem: EncodingError | None = None
-        self.due: float | None = None
-        self.caller: tuple[str, dict[str, str]] | None = None
-        self.crashes = 0
-        self.started = self.suspect = self.over = False
-
-    @property
-    def idempotency_key(self) -> str:
-        """What `Context.idempotency_key` is, unless it was asked for before the context was accepted."""
-        return f"{self.journal}-{self.key:x}"
+_MANY: Final = 256
+"""So many touched contexts are not kept waiting: a group of the writer's."""
 
 
 class Recorder(Observer):
@@ -91,14 +59,19 @@ class Recorder(Observer):
         self.error: JournalError | None = None
         self.keys: set[int] = set()  # of contexts that have no outcome and are this run's business
         self._writer = journal.open_writer()
+        self._id, self._encode = self._writer.store.id, journal.codec.encode
+        self._at_source = pack_mask(plan.bit[plan.source])
         self._number = 0  # of the plan
         self._shell: RunShell | None = None
         self._loop = loop if loop is not None else asyncio.get_running_loop()
-        self._touched: dict[Context, None] = {}
-        self._asked = False
+        self._touched: dict[Context, None] = {}  # whoever is the first in it asks for `_turn_over`
+        self._coming = False  # `_turn_over`, before anything new
+        self._refused: list[Context] = []  # their data has no form
         self._sent = self._committed = 0
         self._units: deque[tuple[int, int]] = deque()  # (the writer's number, ours)
-        self._held: deque[tuple[int, Callable[..., None], OutputContext | None]] = deque()
+        self._news: deque[tuple[int, int, float]] = deque()  # what `committed` was told
+        self._held: deque[tuple[int, Callable[[], None] | OutputContext]] = deque()
+        self._emit: Callable[[OutputContext], None] = _nowhere
         self._idle: asyncio.Future[None] | None = None
         self._trials: deque[list[Saved]] = deque()
         self._tried: list[Context] = []
@@ -120,8 +93,7 @@ class Recorder(Observer):
         """Belongs to a run's shell from now on: its outputs are given out after their commit."""
         self._shell = shell
         shell.recorder = self
-        emit = shell.run.emit
-        shell.run.emit = lambda output: self._hold_output(emit, output)
+        self._emit, shell.run.emit = shell.run.emit, self._hold_output
 
     def take_up(self, recovery: Recovery, now: float) -> None:
         """Puts the contexts of a journal into the run that begins; those that keep killing the process fail."""
@@ -196,7 +168,7 @@ class Recorder(Observer):
         """Calls back when all that has happened until now is committed, in order; or when the journal has failed."""
         wanted = self._sent + (1 if self._touched else 0)
         if self.error is None and (self._held or self._committed < wanted):
-            self._held.append((wanted, callback, None))
+            self._held.append((wanted, callback))
         else:
             callback()
 
@@ -213,28 +185,34 @@ class Recorder(Observer):
         if self.error is not None:
             raise self.error
 
-    def _hold_output(self, emit: Callable[[OutputContext], None], output: OutputContext) -> None:
+    def _hold_output(self, output: OutputContext) -> None:
         wanted = self._sent + (1 if self._touched else 0)
         if self.error is not None:
             return
         if self._held or self._committed < wanted:
-            self._held.append((wanted, emit, output))
+            self._held.append((wanted, output))
         else:
-            emit(output)
+            self._emit(output)
 
     def _release_held(self) -> None:
-        while self._held and (self._held[0][0] <= self._committed or self.error is not None):
-            _, call, output = self._held.popleft()
-            if output is None:
-                call()
+        held = self._held
+        while held and (held[0][0] <= self._committed or self.error is not None):
+            _, waiting = held.popleft()
+            if not isinstance(waiting, OutputContext):
+                waiting()
             elif self.error is None:
-                call(output)
+                self._emit(waiting)
 
     # --- told by the writer, on its thread
 
     def committed(self, number: int, rows: int, took_s: float) -> None:
-        """Units up to `number` are in the file."""
-        self._carry(self._on_committed, number, rows, took_s)
+        """Units up to `number` are in the file.
+
+        When `_turn_over` is coming anyway the loop need not be woken, which would cost this thread the GIL, up to 5 ms.
+        """
+        self._news.append((number, rows, took_s))
+        if not self._coming:
+            self._carry(self._turn_over)
 
     def failed(self, error: JournalError) -> None:
         """The journal has failed for good."""
@@ -299,27 +277,25 @@ class Recorder(Observer):
         """A context is in the run: a new one gets its key."""
         if self._suspended or hasattr(context, "_entry"):
             return
-        entry = self._enter(context, kind, maker, now)
-        self._take_data(context, entry)
+        self._take_data(context, self._enter(context, kind, maker, now))
         self._touch(context)
 
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
         """A context has its outcome."""
-        self._touch(context)
+        if context not in self._touched:
+            self._touch(context)
 
     def context_failed(self, context: Context, failure: Failure, execution: Execution | None, now: float) -> None:
         """Why it fails is written down with it."""
-        error = failure.exception
-        kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
         entry = getattr(context, "_entry", None)
         if entry is not None:
-            entry.failed = Failed(failure.task, failure.attempts, kind, _text_of(error))
+            entry.failed = failed_of(failure.task, failure.attempts, failure.exception)
 
     def context_stalled(self, context: Context, stall: Stall, now: float) -> None:
         """Why it stalls is written down with it."""
         entry = getattr(context, "_entry", None)
         if entry is not None:
-            entry.failed = Failed(stall.task, 0, "stalled", _text_of(stall))
+            entry.failed = failed_of(stall.task, 0, stall)
 
     def context_changed(self, context: Context, now: float) -> None:
         """Another's return, or a freeze, changed it."""
@@ -341,7 +317,8 @@ class Recorder(Observer):
                 entry.crashes = 0
         elif outcome == "cancelled" or outcome == "interrupted":
             return
-        self._touch(context)
+        if context not in self._touched:
+            self._touch(context)
 
     def observer_failed(self, observer: Observer, fact: str, error: BaseException) -> None:
         """A bug of obsdag's here must not pass for durability: the run ends, as with a disk that fails."""
@@ -351,43 +328,56 @@ class Recorder(Observer):
     # --- rows
 
     def _enter(self, context: Context, kind: str, maker: Execution | None, now: float) -> Entry:
-        key = self.journal.take_key()
+        key = tree = self.journal.next_key
+        self.journal.next_key += 1
         made_by = context._parent if context._parent is not None else maker.context if maker is not None else None
-        above = getattr(made_by, "_entry", None)
+        if made_by is not None and (above := getattr(made_by, "_entry", None)) is not None:
+            tree = above.tree
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
-        entry = Entry(self._writer.store.id, key, key if above is None else above.tree, kind, now + epoch)
-        context._entry = entry
+        context._entry = entry = Entry(self._id, key, tree, kind, now + epoch)
         self.keys.add(key)
         return entry
 
     def _take_data(self, context: Context, entry: Entry) -> None:
         try:
-            entry.data = self.journal.codec.encode(dict(context._data))
+            entry.data = self._encode(dict(context._data))
         except EncodingError as error:
-            entry.problem = error
+            entry.problem = error.with_traceback(None)
+            self._refused.append(context)
 
     def _touch(self, context: Context) -> None:
         if self._suspended or context._entry.over:
             return
+        if not self._touched:
+            self._coming = True
+            self._loop.call_soon(self._turn_over)
         self._touched[context] = None
-        if not self._asked:
-            self._asked = True
-            self._loop.call_soon(self._flush_soon)
 
-    def _flush_soon(self) -> None:
+    def _turn_over(self) -> None:
+        """Hears what was committed, and flushes unless two units are on their way: the next news will do it then.
+
+        The writer has always one to go on with, and what changes meanwhile is one row in the end.
+        """
+        self._coming = False  # before the news are read: what the writer adds after that wakes the loop
+        while self._news:
+            self._on_committed(*self._news.popleft())
         try:
-            self.flush()
+            if len(self._units) < _UNDER_WAY or len(self._touched) >= _MANY:
+                self.flush()
         except Exception as error:  # a bug of obsdag's must not pass for durability
             self._on_failed(JournalError(f"journal {self.journal.path} cannot be written: {error!r}"))
 
     def flush(self) -> None:
         """Hands the rows of what was touched to the writer, as one unit; fails contexts that cannot be encoded."""
-        self._asked = False
         if self._suspended or not self._touched:
             return
-        for context in [each for each in self._touched if each._entry.problem is not None]:
-            self._refuse(context)
-        rows = [self._row(context) for context in self._touched]
+        while self._refused:
+            self._refuse(self._refused.pop(0))
+        now = time.time()
+        number, at_source = self._number, self._at_source
+        epoch = self._shell.run.epoch if self._shell is not None else 0.0
+        rows = [row_of(context, number, at_source, epoch, now) for context in self._touched]
+        self.keys.difference_update([row[0] for row in rows if row[6] is not None])
         self._touched.clear()
         self._sent += 1
         self._units.append((self._writer.put(rows), self._sent))
@@ -398,62 +388,15 @@ class Recorder(Observer):
         """A context whose data cannot be encoded ends; what that touches is part of the same unit."""
         entry, shell = context._entry, self._shell
         problem, entry.problem = entry.problem, None
+        if problem is None or entry.over:
+            return
         if context._outcome is not None:
-            entry.failed = entry.failed or Failed("", 0, "EncodingError", _text_of(problem))
+            entry.failed = entry.failed or failed_of("", 0, problem)
         elif shell is not None and context._run is not None:
-            self._asked = True  # no further flush is asked for meanwhile
             now = shell.clock()
             shell.run.fail_context(context, problem, None, now)
             shell.run._settle_all(now)
             self._loop.call_soon(shell.pump)
-            self._asked = False
-
-    def _row(self, context: Context) -> Row:
-        entry: Entry = context._entry
-        outcome, more = context._outcome, context._more
-        if more is not None and more.pending_end and outcome is None and context._state == _DISCARDED:
-            outcome = more.pending_end
-        ended = None
-        if outcome is not None:
-            ended, entry.over = time.time(), True
-            self.keys.discard(entry.key)
-        above = None if context._parent is None else getattr(context._parent, "_entry", None)
-        body = _encode(self._body(context, entry, more))
-        lend = None if more is None or more.lend is None else more.lend.index
-        parent = None if above is None else above.key
-        head = (entry.key, context.id, self._number, parent, entry.tree, lend, outcome, ended, body)
-        data = entry.data
-        if entry.over:
-            entry.data = None  # nobody writes it down again
-        return tuple.__new__(Row, (*head, data, checksum(head, data)))
-
-    def _body(self, context: Context, entry: Entry, more: More | None) -> Body:
-        done = self.plan.bit[self.plan.source] if context._run is None else context._done
-        key = getattr(context, "_idempotency", None)
-        if key == entry.idempotency_key:
-            key = None
-        rare = None if more is None and not context._frozen else self._rare(context, more)
-        watched = entry.crashes, entry.started
-        return Body(
-            entry.kind, entry.entered, pack_mask(done), rare, entry.failed, key, *watched, entry.due, entry.caller
-        )
-
-    def _rare(self, context: Context, more: More | None) -> Rare:
-        epoch = self._shell.run.epoch if self._shell is not None else 0.0
-        if more is None:
-            return Rare(frozen=context._frozen)
-        return Rare(
-            pack_mask(more.skipped),
-            {index: pack_mask(mask) for index, mask in (more.dead or {}).items()},
-            dict(more.attempts or {}),
-            {index: first + epoch for index, first in (more.first_try or {}).items()},
-            {index: (timer.when + epoch, timer.argument[2]) for index, timer in (more.timers or {}).items()},
-            [(lend.index, lend.mapped, lend.pulling) for lend in (more.lends or {}).values()],
-            {index: pull.items for index, pull in (more.pulls or {}).items()},
-            context._frozen and not more.kept,
-            None if more.deadline is None else more.deadline.when + epoch,
-            more.reason,
-        )
 
     def _keep_house(self) -> None:
         now = time.monotonic()
@@ -464,13 +407,8 @@ class Recorder(Observer):
             self._writer.call(self.journal._prune)
 
 
-def _text_of(error: object) -> str:
-    """What it says of itself, as text that can be written down: with file names, say, that are no UTF-8."""
-    try:
-        text = str(error)[:_TEXT]
-    except Exception:  # an exception whose __str__ raises
-        text = f"a {type(error).__qualname__} that cannot be told"
-    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+def _nowhere(output: OutputContext) -> None:
+    """Where outputs go before a shell is attached."""
 
 
 def _is_on_trial(context: Context) -> bool:
@@ -488,13 +426,6 @@ class WatchfulRecorder(Recorder):
             return
         self.flush()  # a row of one context alone must not run ahead of what the same turn did to others
         entry.started = True
-        self._writer.put([self._row(execution.context)])
+        epoch = self._shell.run.epoch if self._shell is not None else 0.0
+        self._writer.put([row_of(execution.context, self._number, self._at_source, epoch, time.time())])
         self._writer.call(lambda _: None).result()
-
-
-def describe_plan(plan: Plan) -> list[list[Any]]:
-    """A plan's tasks in order: id, kind, ids of the upstreams; what a changed DAG is compared with."""
-    return [
-        [task.id, task.kind, [plan.tasks[above].id for above in plan.up_list[index]]]
-        for index, task in enumerate(plan.tasks)
-    ]

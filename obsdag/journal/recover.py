@@ -18,7 +18,7 @@ from obsdag.core.base import more_of
 from obsdag.core.restoring import Saved
 from obsdag.errors import JournalError, PlanChangedError, RemoteError
 from obsdag.journal.codec import Body, Codec, Rare, mask_of
-from obsdag.journal.recorder import Entry, describe_plan
+from obsdag.journal.entries import Entry, describe_plan
 from obsdag.journal.schema import Row
 from obsdag.journal.store import Store
 

@@ -13,7 +13,7 @@ import msgspec
 
 from obsdag.errors import JournalError
 from obsdag.journal.codec import Body, Codec, Rare, mask_of
-from obsdag.journal.schema import Row, checksum
+from obsdag.journal.schema import Row, sealed
 from obsdag.journal.store import Store
 
 __all__ = ["FAILED", "describe", "records", "retry"]
@@ -80,5 +80,4 @@ def _revive(row: Row) -> Row:
     rare = body.rare or Rare()
     rare = msgspec.structs.replace(rare, attempts={}, first_try={}, waits={}, frozen=False, deadline=None, reason="")
     body = msgspec.structs.replace(body, rare=rare, failed=None, crashes=0, started=False, due=None)
-    alive = row._replace(outcome=None, ended=None, body=msgspec.msgpack.encode(body))
-    return alive._replace(sum=checksum(alive, alive.data))
+    return Row._make(sealed(row._replace(outcome=None, ended=None, body=msgspec.msgpack.encode(body))[:-1]))

@@ -12,9 +12,24 @@ from __future__ import annotations
 import sqlite3
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from functools import cache
+from itertools import chain
+from typing import Final, NamedTuple
 
-__all__ = ["APPLICATION_ID", "COLUMNS", "MIGRATIONS", "VERSION", "Row", "checksum", "create", "insert_rows"]
+import msgspec
+
+__all__ = [
+    "APPLICATION_ID",
+    "COLUMNS",
+    "MIGRATIONS",
+    "VERSION",
+    "Cells",
+    "Content",
+    "Row",
+    "create",
+    "insert_rows",
+    "sealed",
+]
 
 APPLICATION_ID: Final = 0x6F626467  # "obdg"
 VERSION: Final = 1
@@ -29,6 +44,15 @@ _TABLES: Final = (
     "CREATE INDEX living ON contexts (key) WHERE outcome IS NULL",
     "CREATE INDEX ended ON contexts (ended) WHERE outcome IS NOT NULL",
 )
+
+
+Content = tuple[int, str, int, int | None, int, int | None, str | None, float | None, bytes, bytes | None]
+"""A row without its checksum."""
+
+Cells = tuple[int, str, int, int | None, int, int | None, str | None, float | None, bytes, bytes | None, int]
+"""A row as the recorder hands it on: making a `Row` of it takes three times as long."""
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class Row(NamedTuple):
@@ -50,11 +74,14 @@ class Row(NamedTuple):
     sum: int
 
 
-def checksum(row: Sequence[Any], data: bytes | None) -> int:
-    """CRC-32 of a row: of all that stands before its data, and of that."""
-    key, name, plan, parent, tree, lend, outcome, ended, body, *_ = row
-    head = f"{key} {name} {plan} {parent} {tree} {lend} {outcome} {ended}".encode("utf-8", "surrogatepass")
-    return zlib.crc32(data or b"", zlib.crc32(body, zlib.crc32(head)))
+def sealed(content: Content) -> Cells:
+    """The content and its checksum: CRC-32 of it as msgpack (one call: as text it took five times as long)."""
+    try:
+        encoded = _encode(content)
+    except UnicodeEncodeError:  # an id with half a surrogate
+        key, name, *rest = content
+        encoded = _encode((key, name.encode("utf-8", "surrogatepass"), *rest))
+    return (*content, zlib.crc32(encoded))
 
 
 COLUMNS: Final = ", ".join(Row._fields)
@@ -70,13 +97,15 @@ def create(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
-def insert_rows(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+def insert_rows(connection: sqlite3.Connection, rows: Sequence[Cells]) -> None:
     """Writes rows by one statement, which is a transaction of its own where the caller has not begun one.
 
-    One statement instead of `executemany`: the sqlite3 module gives the GIL away for each step, and gets it back from a
-    busy event loop up to 5 ms later.
+    One statement with all values: the sqlite3 module gives the GIL away for each step, and gets it back from a busy
+    event loop up to 5 ms later. By `executemany`, once: `execute` gives it away again to ask for the last row's id.
     """
-    values: list[object] = []
-    for row in rows:
-        values += row
-    connection.execute(f"INSERT OR REPLACE INTO contexts VALUES {', '.join([_PLACE] * len(rows))}", values)
+    connection.executemany(_insertion(len(rows)), (list(chain.from_iterable(rows)),))
+
+
+@cache
+def _insertion(count: int) -> str:
+    return f"INSERT OR REPLACE INTO contexts VALUES {', '.join([_PLACE] * count)}"

@@ -22,20 +22,21 @@ import secrets
 import sqlite3
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
 from obsdag.errors import JournalError
-from obsdag.journal.schema import APPLICATION_ID, COLUMNS, MIGRATIONS, VERSION, Row, checksum, create, insert_rows
+from obsdag.journal.schema import APPLICATION_ID, COLUMNS, MIGRATIONS, VERSION, Cells, Row, create, insert_rows, sealed
 
 __all__ = ["Durability", "Store"]
 
 Durability = Literal["power", "process"]
 _SYNCHRONOUS: Final = {"power": ("FULL", 2), "process": ("NORMAL", 1)}
-_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
-"""Rows per statement, so that few are prepared; the last row is written again until one of these is full."""
+_SIZES: Final = (*range(1, 17), *range(20, 65, 4), *range(72, 129, 8), *range(144, 257, 16), 384, 512, 768, 1024)
+"""Rows per statement, so that not too many are prepared; the last row is written again until one of these is full."""
 
 _SESSION_BITS: Final = 32
 _SURROGATES: Final = "surrogatepass"
@@ -236,14 +237,14 @@ class Store:
             raise JournalError(f"journal {self.path} is closed")
         return self._connection
 
-    def commit(self, rows: Sequence[Row]) -> None:
+    def commit(self, rows: Sequence[Cells]) -> None:
         """Writes rows in one transaction. Raises JournalError; nothing of it is in the file then."""
         try:
             self._commit(self.connection, rows)
         except UnicodeEncodeError:  # an id with half a surrogate: of a file name that is not UTF-8, say
             self._commit(self.connection, [_with_storable_id(row) for row in rows])
 
-    def _commit(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    def _commit(self, connection: sqlite3.Connection, rows: Sequence[Cells]) -> None:
         with self._told("written"):
             if len(rows) <= _SIZES[-1]:
                 insert_rows(connection, _padded(rows))
@@ -287,7 +288,7 @@ class Store:
                 row = Row._make(found)
                 if isinstance(row.id, bytes):
                     row = row._replace(id=row.id.decode(errors=_SURROGATES))
-                if row.sum != checksum(row, row.data):
+                if row.sum != sealed(row[:-1])[-1]:
                     where = f"row {row.key} (context {row.id!r})"
                     raise JournalError(f"journal {self.path} is damaged: {where} does not match its checksum")
                 yield row
@@ -356,16 +357,17 @@ class Store:
         return f"cannot be {doing}: {error}"
 
 
-def _padded(rows: Sequence[Row]) -> Sequence[Row]:
-    size = next(size for size in _SIZES if size >= len(rows))
+def _padded(rows: Sequence[Cells]) -> Sequence[Cells]:
+    size = _SIZES[bisect_left(_SIZES, len(rows))]
     return [*rows, *([rows[-1]] * (size - len(rows)))]
 
 
-def _with_storable_id(row: Row) -> Row:
+def _with_storable_id(row: Cells) -> Cells:
+    key, name, *rest = row
     try:
-        row.id.encode()
+        name.encode()
     except UnicodeEncodeError:
-        return row._replace(id=row.id.encode(errors=_SURROGATES))  # type: ignore[arg-type] # SQLite keeps it as a blob
+        return (key, name.encode(errors=_SURROGATES), *rest)  # type: ignore[return-value] # SQLite keeps it as a blob
     return row
 
 

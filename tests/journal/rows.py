@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from obsdag.journal.codec import Body, Codec
-from obsdag.journal.schema import Row, checksum
+from obsdag.journal.schema import Row, sealed
 from obsdag.journal.store import Store
 
 __all__ = ["open_store", "read", "row"]
@@ -17,8 +17,7 @@ __all__ = ["open_store", "read", "row"]
 def row(key: int, outcome: str | None = None, ended: float | None = None, tree: int | None = None, **data: Any) -> Row:
     """A row as a recorder makes it."""
     body, encoded = msgspec.msgpack.encode(Body("input", 0.0, 1)), Codec().encode(data)
-    head = (key, f"c{key}", 1, None, tree or key, None, outcome, ended, body)
-    return Row(*head, encoded, checksum(head, encoded))
+    return Row._make(sealed((key, f"c{key}", 1, None, tree or key, None, outcome, ended, body, encoded)))
 
 
 def open_store(path: Path, **options: Any) -> Store:

@@ -23,7 +23,8 @@ import pytest
 
 from obsdag import JournalError, SQLiteJournal
 from obsdag.journal.codec import Codec
-from obsdag.journal.recorder import Recorder, describe_plan
+from obsdag.journal.entries import describe_plan
+from obsdag.journal.recorder import Recorder
 from obsdag.journal.recover import Theirs, load
 from obsdag.journal.schema import Row
 from obsdag.journal.store import Store

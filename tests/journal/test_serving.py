@@ -108,7 +108,7 @@ def test_submit_and_results_wait_for_their_commits(tmp_path: Path, monkeypatch: 
 
             def noted(rows: Any) -> None:
                 commit(rows)
-                committed.extend((row.id, row.outcome) for row in rows)
+                committed.extend((row[1], row[6]) for row in rows)
 
             monkeypatch.setattr(executor.config.journal.writer.store, "commit", noted)  # type: ignore[union-attr]
             ticket = await executor.submit({}, id="a")

@@ -1,0 +1,122 @@
+"""What a journal knows of a context beside the context itself (`Entry`), and the row that says both (`row_of`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from obsdag.core.base import _DISCARDED
+from obsdag.errors import EncodingError
+from obsdag.journal.codec import Body, Failed, Rare, pack_mask
+from obsdag.journal.schema import Cells, sealed
+
+if TYPE_CHECKING:
+    from obsdag.context import Context
+    from obsdag.core.records import More
+    from obsdag.plan import Plan
+
+__all__ = ["Entry", "describe_plan", "failed_of", "row_of"]
+
+_encode = msgspec.msgpack.Encoder().encode
+_TEXT: Final = 4_000
+
+
+class Entry(msgspec.Struct, eq=False, gc=False):
+    """What the journal knows of one context: its key and what cannot be read from the context itself.
+
+    data: encoded when one of its executions finished last. crashes, started, suspect: see `Body`; a suspect was
+    recovered and has made no progress since. caller: of a submission, see `Body`. over: its outcome is written down.
+    problem: why its data has no form. A struct, since one is made per context and C makes it seven times
+    as fast; without cycles, so that the collector need not look at it.
+    """
+
+    journal: str
+    key: int
+    tree: int
+    kind: str
+    entered: float
+    data: bytes | None = None
+    failed: Failed | None = None
+    problem: EncodingError | None = None
+    due: float | None = None
+    caller: tuple[str, dict[str, str]] | None = None
+    crashes: int = 0
+    started: bool = False
+    suspect: bool = False
+    over: bool = False
+
+    @property
+    def idempotency_key(self) -> str:
+        """What `Context.idempotency_key` is, unless it was asked for before the context was accepted."""
+        return f"{self.journal}-{self.key:x}"
+
+
+def row_of(context: Context, plan: int, at_source: int | bytes, epoch: float, now: float) -> Cells:
+    """The row of a context as it is now; with its outcome it is its last (`Entry.over`).
+
+    plan: its number in the file. at_source: what is done of a context that waits for room. epoch: the zero of the run's
+    clock, and now: both Unix seconds.
+    """
+    entry: Entry = context._entry
+    outcome, more, data = context._outcome, context._more, entry.data
+    if more is not None and more.pending_end and outcome is None and context._state == _DISCARDED:
+        outcome = more.pending_end
+    ended = None
+    if outcome is not None:
+        ended, entry.over, entry.data = now, True, None  # nobody writes it down again
+    lend = None if more is None or more.lend is None else more.lend.index
+    above = None if context._parent is None else getattr(context._parent, "_entry", None)
+    parent = None if above is None else above.key
+    rare = None if more is None and not context._frozen else _rare(context, more, epoch)
+    body = _encode(_body(context, entry, at_source, rare))
+    return sealed((entry.key, context.id, plan, parent, entry.tree, lend, outcome, ended, body, data))
+
+
+def _body(context: Context, entry: Entry, at_source: int | bytes, rare: Rare | None) -> Body:
+    done = at_source if context._run is None else pack_mask(context._done)
+    key = getattr(context, "_idempotency", None)
+    if key is not None and key == entry.idempotency_key:
+        key = None
+    entered, due, caller = entry.entered, entry.due, entry.caller
+    return Body(entry.kind, entered, done, rare, entry.failed, key, entry.crashes, entry.started, due, caller)
+
+
+def _rare(context: Context, more: More | None, epoch: float) -> Rare:
+    if more is None:
+        return Rare(frozen=context._frozen)
+    return Rare(
+        pack_mask(more.skipped),
+        {index: pack_mask(mask) for index, mask in (more.dead or {}).items()},
+        dict(more.attempts or {}),
+        {index: first + epoch for index, first in (more.first_try or {}).items()},
+        {index: (timer.when + epoch, timer.argument[2]) for index, timer in (more.timers or {}).items()},
+        [(lend.index, lend.mapped, lend.pulling) for lend in (more.lends or {}).values()],
+        {index: pull.items for index, pull in (more.pulls or {}).items()},
+        context._frozen and not more.kept,
+        None if more.deadline is None else more.deadline.when + epoch,
+        more.reason,
+    )
+
+
+def failed_of(task: str, attempts: int, error: object) -> Failed:
+    """Why a context ended, for its row: an exception, or a stall."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    return Failed(task, attempts, kind if isinstance(error, BaseException) else "stalled", _text_of(error))
+
+
+def _text_of(error: object) -> str:
+    """What it says of itself, as text that can be written down: with file names, say, that are no UTF-8."""
+    try:
+        text = str(error)[:_TEXT]
+    except Exception:  # an exception whose __str__ raises
+        text = f"a {type(error).__qualname__} that cannot be told"
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+
+
+def describe_plan(plan: Plan) -> list[list[Any]]:
+    """A plan's tasks in order: id, kind, ids of the upstreams; what a changed DAG is compared with."""
+    return [
+        [task.id, task.kind, [plan.tasks[above].id for above in plan.up_list[index]]]
+        for index, task in enumerate(plan.tasks)
+    ]
