@@ -123,7 +123,13 @@ class DeadlineExceeded(ObsdagError, TimeoutError):
 
 
 class JournalError(ObsdagError):
-    """A journal cannot be opened, read or written; the reason is in the message, in one line. Nothing in it is lost."""
+    """A journal cannot be opened, read or written; the reason is in the message, in one line. Nothing in it is lost.
+
+    rows, took_s: of the commit that failed, if it was one.
+    """
+
+    rows: int = 0
+    took_s: float = 0.0
 
 
 class PlanChangedError(JournalError):

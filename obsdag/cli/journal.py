@@ -61,9 +61,7 @@ def show(args: argparse.Namespace) -> int:
 
     with _opened(args.file) as store:
         if not args.ids:
-            counts = ", ".join(f"{number} {outcome}" for outcome, number in store.counts().items()) or "no contexts"
-            dags = ", ".join(sorted({shown(dag) for _, dag, _ in store.plans().values()})) or "none"
-            print(f"{shown(args.file)}: {counts}; DAGs: {dags}")
+            _show_counts(args.file, store.counts())
             if store.get("open"):
                 print(f"process {store.get('open')} died with it open; deaths in a row before: {store.get('crashes')}")
             return OK
@@ -74,6 +72,13 @@ def show(args: argparse.Namespace) -> int:
         for each in found:
             print(_line(each, f"done: {', '.join(map(shown, each['done'])) or 'nothing'}"))
     return OK
+
+
+def _show_counts(file: str, counts: dict[str, dict[str, int]]) -> None:
+    total = sum(sum(each.values()) for each in counts.values())
+    print(f"{shown(file)}: {total} contexts of {len(counts)} DAG(s)")
+    for dag, found in counts.items():
+        print(f"{shown(dag)}: {', '.join(f'{number} {outcome}' for outcome, number in found.items()) or 'none'}")
 
 
 def failed(args: argparse.Namespace) -> int:

@@ -154,14 +154,15 @@ class Observer:
     def journal_committed(self, rows: int, took_s: float, depth: int) -> None:
         """A group of `rows` contexts is in the journal, `took_s` after the commit began; `depth` rows still wait."""
 
-    def journal_recovered(self, contexts: int, replayed: int, dead_letters: int) -> None:
+    def journal_recovered(self, contexts: int, replayed: int, dead_letters: int, took_s: float) -> None:
         """A run took up contexts of an earlier process; `replayed` executions of them were ready, or ran, when it died.
 
-        dead_letters: contexts that were running too often when a process died, and fail.
+        dead_letters: contexts that were running too often when a process died, and fail. took_s: to read them and to
+        put them into the run.
         """
 
     def journal_failed(self, error: BaseException) -> None:
-        """Nothing more can be committed; the run ends."""
+        """Nothing more can be committed; the run ends. Of a `JournalError`, `rows` and `took_s` tell what failed."""
 
     # --- the event loop, told by the watchdog
     def loop_lagged(self, lag_s: float) -> None:

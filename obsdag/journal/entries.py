@@ -25,13 +25,13 @@ _TEXT: Final = 4_000
 class Entry(msgspec.Struct, eq=False, gc=False):
     """What the journal knows of one context: its key and what cannot be read from the context itself.
 
-    data: encoded when one of its executions finished last. crashes, started, suspect: see `Body`; a suspect was
-    recovered and has made no progress since. caller: of a submission, see `Body`. over: its outcome is written down.
-    problem: why its data has no form. A struct, since one is made per context and C makes it seven times
-    as fast; without cycles, so that the collector need not look at it.
+    token: of the session that gave out its key. data: encoded when one of its executions finished last. crashes,
+    started, suspect: see `Body`; a suspect was recovered and has made no progress since. caller: of a submission, see
+    `Body`. over: its outcome is written down. problem: why its data has no form. A struct, since one is made per
+    context and C makes it seven times as fast; without cycles, so that the collector need not look at it.
     """
 
-    journal: str
+    token: str
     key: int
     tree: int
     kind: str
@@ -49,7 +49,7 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     @property
     def idempotency_key(self) -> str:
         """What `Context.idempotency_key` is, unless it was asked for before the context was accepted."""
-        return f"{self.journal}-{self.key:x}"
+        return f"{self.token}-{self.key:x}"
 
 
 def row_of(context: Context, plan: int, at_source: int | bytes, epoch: float, now: float) -> Cells:

@@ -37,7 +37,8 @@ class SQLiteJournal:
     "process" the death of the process. allow_pickle: data that has no other form is pickled: then whoever can write the
     file can run code here. keep_s, keep: ended contexts are deleted after so many seconds, and beyond so many; failed
     ones stay until `obsdag journal` retries or exports them. max_crashes: a context that was running when the process
-    died so many times in a row is failed instead of run again. Raises ConfigError.
+    died so many times in a row is failed instead of run again. dags: old name of a DAG -> its name now, where it was
+    renamed: its contexts go on under that. Raises ConfigError.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SQLiteJournal:
         keep_s: float = 7 * _DAY_S,
         keep: int = 100_000,
         max_crashes: int = 5,
+        dags: Mapping[str, str] | None = None,
         max_page_count: int | None = None,
     ) -> None:
         if durability not in ("power", "process"):
@@ -60,6 +62,7 @@ class SQLiteJournal:
         self.durability: Durability = durability
         self.codec = Codec(allow_pickle)
         self.keep_s, self.keep, self.max_crashes = keep_s, keep, max_crashes
+        self.dags = dict(dags or {})
         self.recorders: list[Recorder] = []
         self.writer: Writer | None = None
         self.next_key = 0
@@ -172,7 +175,7 @@ class SQLiteJournal:
             taken = {key for recorder in self.recorders for key in recorder.keys}
             theirs = Theirs(taken, self.next_key)
             found = self.open_writer().call(
-                lambda store: load(store, plan, self.codec, tasks, theirs, self.max_crashes)
+                lambda store: load(store, plan, self.codec, tasks, self.dags, theirs, self.max_crashes)
             )
             return await asyncio.wrap_future(found)
 

@@ -59,7 +59,7 @@ class Recorder(Observer):
         self.error: JournalError | None = None
         self.keys: set[int] = set()  # of contexts that have no outcome and are this run's business
         self._writer = journal.open_writer()
-        self._id, self._encode = self._writer.store.id, journal.codec.encode
+        self._token, self._encode = self._writer.store.token, journal.codec.encode
         self._at_source = pack_mask(plan.bit[plan.source])
         self._number = 0  # of the plan
         self._shell: RunShell | None = None
@@ -99,8 +99,9 @@ class Recorder(Observer):
         """Puts the contexts of a journal into the run that begins; those that keep killing the process fail."""
         shell = self._shell
         assert shell is not None
+        contexts = len(recovery.living)
         self.keys.update(context._entry.key for context in recovery.living)
-        self.journal.recovered += len(recovery.living)
+        self.journal.recovered += contexts
         calm: list[Saved] = []
         trials: dict[int, list[Saved]] = {}
         for saved in recovery.on_clock(shell.run.epoch):
@@ -117,8 +118,9 @@ class Recorder(Observer):
         replayed = sum(getattr(context, "_ready", 0).bit_count() for context in recovery.living)
         self.journal.replayed += replayed
         facts = shell.run.facts
-        if recovery.living and facts.journal_recovered is not None:
-            facts.journal_recovered(len(recovery.living), replayed, len(recovery.culprits))
+        if contexts and facts.journal_recovered is not None:
+            took_s = recovery.took_s + shell.clock() - now
+            facts.journal_recovered(contexts, replayed, len(recovery.culprits), took_s)
         self._next_trial()
 
     def _next_trial(self) -> None:
@@ -334,7 +336,7 @@ class Recorder(Observer):
         if made_by is not None and (above := getattr(made_by, "_entry", None)) is not None:
             tree = above.tree
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
-        context._entry = entry = Entry(self._id, key, tree, kind, now + epoch)
+        context._entry = entry = Entry(self._token, key, tree, kind, now + epoch)
         self.keys.add(key)
         return entry
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -37,7 +37,7 @@ class Recovery:
 
     culprits: those that were running too often when the process died. suspects: trees of some that were, repeatedly.
     outputs: ended ones that were given out, or were about to be. behind_s: by how much the clock is behind the latest
-    time in the file: it was set back, and waits would become so much longer.
+    time in the file: it was set back, and waits would become so much longer. took_s: to read them.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Recovery:
         self.culprits: list[Context] = []
         self.suspects: set[int] = set()
         self.outputs: list[Context] = []
-        self.behind_s = 0.0
+        self.behind_s = self.took_s = 0.0
 
     @property
     def living(self) -> list[Context]:
@@ -76,19 +76,30 @@ class Theirs(NamedTuple):
         return isinstance(key, int) and (key >= self.next_key or key in self.keys)
 
 
-def load(store: Store, plan: Plan, codec: Codec, tasks: TaskNames | None, taken: Theirs, max_crashes: int) -> Recovery:
+def load(
+    store: Store,
+    plan: Plan,
+    codec: Codec,
+    tasks: TaskNames | None,
+    dags: Mapping[str, str],
+    taken: Theirs,
+    max_crashes: int,
+) -> Recovery:
     """Reads what has no outcome, and what it needs of its ended relatives.
 
-    tasks: old task id -> its id now, None if it is gone. Raises PlanChangedError, and JournalError for a row that is
-    damaged or cannot be read.
+    tasks: old task id -> its id now, None if it is gone. dags: old name of a DAG -> its name now. Raises
+    PlanChangedError, and JournalError for a row that is damaged or cannot be read.
     """
-    translations = _translations(store, plan, tasks)
+    began = time.monotonic()
+    translations = _translations(store, plan, tasks, dags)
     rows = list(store.rows("tree IN (SELECT tree FROM contexts WHERE outcome IS NULL)"))
     wanted = {row.tree for row in rows if row.outcome is None and row.key not in taken and row.plan in translations}
     rows = [row for row in rows if row.tree in wanted and row.key not in taken]
     for row in rows:
         _refuse_changed(translations.get(row.plan), plan)
-    builder = _Builder(store.id, plan, codec, translations, max_crashes)
+    if not rows:
+        _refuse_renamed(store, plan, dags)
+    builder = _Builder(store.tokens(), plan, codec, translations, max_crashes)
     counts = _children_of_lends(rows)
     for row in rows:
         builder.add(row, counts)
@@ -96,6 +107,7 @@ def load(store: Store, plan: Plan, codec: Codec, tasks: TaskNames | None, taken:
     recovery.suspects -= {culprit._entry.tree for culprit in recovery.culprits}
     latest = max([store.last_end(), *(each.context._entry.entered for each in recovery.saved)])
     recovery.behind_s = max(latest - time.time(), 0.0)
+    recovery.took_s = time.monotonic() - began
     return recovery
 
 
@@ -128,11 +140,13 @@ class _Translation:
         return {self.index[index]: value for index, value in found.items() if index in self.index}
 
 
-def _translations(store: Store, plan: Plan, tasks: TaskNames | None) -> dict[int, _Translation]:
-    """Of each plan in the journal that is of a DAG of this name."""
+def _translations(
+    store: Store, plan: Plan, tasks: TaskNames | None, dags: Mapping[str, str]
+) -> dict[int, _Translation]:
+    """Of each plan in the journal that is of a DAG of this name, now."""
     found: dict[int, _Translation] = {}
     for number, (_, dag, described) in store.plans().items():
-        if dag == plan.name:
+        if dags.get(dag, dag) == plan.name:
             found[number] = _Translation(json.loads(described), plan, tasks)
     return found
 
@@ -172,6 +186,23 @@ def _refuse_changed(translation: _Translation | None, plan: Plan) -> None:
         )
 
 
+def _refuse_renamed(store: Store, plan: Plan, dags: Mapping[str, str]) -> None:
+    """A DAG that has no contexts here is a renamed one if another name's, with the same tasks, have no outcome yet."""
+    counts = store.counts()
+    if any(counts.get(plan.name, {}).values()):
+        return
+    now = describe_plan(plan)
+    for _, dag, described in store.plans().values():
+        living = counts[dag].get("living", 0)
+        if living and dag not in dags and [list(each) for each in json.loads(described)] == now:
+            raise PlanChangedError(
+                f"journal {store.path} holds {living} unfinished context(s) of DAG {dag!r}, which has the tasks of DAG "
+                f"{plan.name!r}: if it was renamed, say SQLiteJournal(..., dags={{{dag!r}: {plan.name!r}}}), "
+                f"if it is another one, dags={{{dag!r}: {dag!r}}}",
+                [f"DAG {dag!r} is {plan.name!r}"],
+            )
+
+
 def _children_of_lends(rows: Sequence[Row]) -> dict[tuple[int, int], int]:
     counts: dict[tuple[int, int], int] = {}
     for row in rows:
@@ -184,10 +215,15 @@ class _Builder:
     """Makes contexts of rows, in order of key."""
 
     def __init__(
-        self, journal: str, plan: Plan, codec: Codec, translations: Mapping[int, _Translation], max_crashes: int
+        self,
+        tokens: Callable[[int], str],
+        plan: Plan,
+        codec: Codec,
+        translations: Mapping[int, _Translation],
+        max_crashes: int,
     ) -> None:
         self.recovery = Recovery()
-        self._journal = journal
+        self._token_of = tokens
         self._plan, self._codec = plan, codec
         self._translations, self._max_crashes = translations, max_crashes
         self._by_key: dict[int, Context] = {}
@@ -200,7 +236,7 @@ class _Builder:
         context._id = row.id
         self._by_key[row.key] = context
         self._tie(context, row)
-        context._entry = entry = Entry(self._journal, row.key, row.tree, body.kind, body.entered)
+        context._entry = entry = Entry(self._token_of(row.key), row.key, row.tree, body.kind, body.entered)
         entry.data, entry.failed, entry.crashes = row.data, body.failed, body.crashes
         entry.due, entry.caller = body.due, body.caller
         if body.key is not None:

@@ -1,6 +1,7 @@
 """The tables of a journal, their version, and how an older file becomes a newer one.
 
-    meta       what the file says of itself: the journal's id, whether a process has it open, crashes in a row
+    meta       what the file says of itself: the journal's id, whether a process has it open, crashes in a row, and
+               per session (opening) whose contexts are in here, a random token
     plans      each DAG whose contexts are in here: its tasks with kinds and upstreams, by fingerprint
     contexts   one row per context: the living ones and, until they are pruned, the ended ones
 
@@ -36,8 +37,8 @@ VERSION: Final = 1
 
 _TABLES: Final = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
-    "CREATE TABLE plans (number INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL UNIQUE, dag TEXT NOT NULL, "
-    "tasks TEXT NOT NULL)",
+    "CREATE TABLE plans (number INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL, dag TEXT NOT NULL, "
+    "tasks TEXT NOT NULL, UNIQUE (fingerprint, dag))",
     "CREATE TABLE contexts (key INTEGER PRIMARY KEY, id TEXT NOT NULL, plan INTEGER NOT NULL REFERENCES plans(number), "
     "parent INTEGER, tree INTEGER NOT NULL, lend INTEGER, outcome TEXT, ended REAL, body BLOB NOT NULL, data BLOB, "
     "sum INTEGER NOT NULL)",

@@ -7,8 +7,9 @@ older version is backed up and migrated.
 
 Errors of SQLite become `JournalError`, one line that says what to do; the file is as the last commit left it.
 
-A key is never used twice, since `ctx.idempotency_key` is made of it: its upper half is the number of the session (of
-the opening), which is committed before the first key is given away.
+A key is never used twice: its upper half is the number of the session (of the opening), which is committed before the
+first key is given away. `ctx.idempotency_key` is made of it and of the session's token, 64 random bits: where an old
+backup was restored, numbers of sessions come again, keys do not.
 
 A process that was forked must not touch its parent's connection, not even to close it, which would delete the log that
 the parent goes on writing to: it leaves it alone and open (`_leave_to_parent`).
@@ -23,7 +24,7 @@ import sqlite3
 import threading
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
@@ -39,6 +40,7 @@ _SIZES: Final = (*range(1, 17), *range(20, 65, 4), *range(72, 129, 8), *range(14
 """Rows per statement, so that not too many are prepared; the last row is written again until one of these is full."""
 
 _SESSION_BITS: Final = 32
+_TOKEN: Final = "token."
 _SURROGATES: Final = "surrogatepass"
 
 _open_files: set[tuple[int, int]] = set()
@@ -61,8 +63,8 @@ if hasattr(os, "register_at_fork"):
 
 
 class Store:
-    """An open journal file. crashes: how many processes in a row died with it open, until now. first_key: of this
-    session.
+    """An open journal file. crashes: how many processes in a row died with it open, until now. first_key, token: of
+    this session.
 
     look: neither made nor migrated, and no session of its own: for whoever only reads, or repairs by hand.
     max_page_count: a bound on the file's size, in pages.
@@ -75,6 +77,7 @@ class Store:
         self.durability = durability
         self.look = look
         self.id = ""
+        self.token = ""
         self.crashes = 0
         self.first_key = 1
         self._max_pages = max_page_count
@@ -196,10 +199,24 @@ class Store:
         used = connection.execute("SELECT coalesce(max(key), 0) FROM contexts").fetchone()[0] >> _SESSION_BITS
         session = max(int(self.get("session") or 0), used) + 1
         self.first_key = (session << _SESSION_BITS) + 1
+        self.token = secrets.token_hex(8)
         with self._transaction(connection):
+            connection.execute(
+                f"DELETE FROM meta WHERE name LIKE '{_TOKEN}%' AND CAST(substr(name, {len(_TOKEN) + 1}) AS INTEGER) "
+                f"NOT IN (SELECT DISTINCT key >> {_SESSION_BITS} FROM contexts)"
+            )
             self.set("crashes", str(self.crashes))
             self.set("session", str(session))
+            self.set(f"{_TOKEN}{session}", self.token)
             self.set("open", str(os.getpid()))
+
+    def tokens(self) -> Callable[[int], str]:
+        """Key -> the token of its session."""
+        with self._told("read"):
+            found = dict(
+                self.connection.execute(f"SELECT name, value FROM meta WHERE name LIKE '{_TOKEN}%'").fetchall()
+            )
+        return lambda key: found.get(f"{_TOKEN}{key >> _SESSION_BITS}", self.id)
 
     def end_crash_streak(self) -> None:
         """The process lives long enough not to count as one that dies at once."""
@@ -259,7 +276,9 @@ class Store:
             self.connection.execute(
                 "INSERT OR IGNORE INTO plans (fingerprint, dag, tasks) VALUES (?, ?, ?)", (fingerprint, dag, tasks)
             )
-            found = self.connection.execute("SELECT number FROM plans WHERE fingerprint = ?", (fingerprint,))
+            found = self.connection.execute(
+                "SELECT number FROM plans WHERE fingerprint = ? AND dag = ?", (fingerprint, dag)
+            )
             return int(found.fetchone()[0])
 
     def prune(self, ended_before: float, keep: int) -> int:
@@ -305,11 +324,17 @@ class Store:
             found = self.connection.execute("SELECT number, fingerprint, dag, tasks FROM plans").fetchall()
         return {number: (fingerprint, dag, tasks) for number, fingerprint, dag, tasks in found}
 
-    def counts(self) -> dict[str, int]:
-        """Outcome (`living` for none) -> number of contexts."""
+    def counts(self) -> dict[str, dict[str, int]]:
+        """DAG -> outcome (`living` for none) -> number of contexts; for each DAG that was ever journalled."""
+        told: dict[str, dict[str, int]] = {dag: {} for _, dag, _ in self.plans().values()}
         with self._told("read"):
-            found = self.connection.execute("SELECT outcome, count(*) FROM contexts GROUP BY outcome ORDER BY outcome")
-            return {outcome or "living": number for outcome, number in found}
+            found = self.connection.execute(
+                "SELECT dag, outcome, count(*) FROM contexts JOIN plans ON plan = number GROUP BY dag, outcome "
+                "ORDER BY dag, outcome"
+            )
+            for dag, outcome, number in found:
+                told[dag][outcome or "living"] = number
+        return told
 
     def get(self, name: str) -> str | None:
         """A value of `meta`."""

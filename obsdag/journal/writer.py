@@ -220,6 +220,7 @@ class Writer:
         began = time.monotonic()
         error = self._try_commit(rows)
         if error is not None:
+            error.rows, error.took_s = len(rows), time.monotonic() - began
             self.error = error
             for listener in list(self._listeners):
                 listener.failed(error)

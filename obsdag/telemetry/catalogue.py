@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from obsdag.core.states import EXECUTION_OUTCOMES, LANES, OUTCOMES, STATES
+from obsdag.telemetry.journal_specs import JOURNAL_ATTRIBUTES, JOURNAL_SPANS
 from obsdag.telemetry.metric_specs import METRICS
 from obsdag.telemetry.specs import (
     ALL_DAGS,
@@ -123,12 +124,13 @@ SPANS: Final = (
         (),
         (*_ALWAYS, "obsdag.task", "obsdag.executor"),
     ),
+    *JOURNAL_SPANS,
 )
 
 ATTRIBUTES: Final = (
     AttributeSpec("obsdag.engine", "string", "all spans", "name of the engine: `Telemetry(engine=)`"),
     AttributeSpec("obsdag.dag", "string", "all spans", "name of the DAG"),
-    AttributeSpec("obsdag.context.id", "string", "all but `run`", "id of the context"),
+    AttributeSpec("obsdag.context.id", "string", "all but `run`, `journal`", "id of the context"),
     AttributeSpec("obsdag.task", "string", "execute, dispatch, wait", "id of the task"),
     AttributeSpec("obsdag.attempt", "int", "execute", "number of the attempt, from 1"),
     AttributeSpec("obsdag.execution.outcome", "string", "execute", "how the attempt ended", EXECUTION_OUTCOMES),
@@ -148,7 +150,9 @@ ATTRIBUTES: Final = (
     AttributeSpec("obsdag.ledger.{state}", "double", "context", "seconds that the root spent in a state", STATES),
     AttributeSpec("obsdag.stall.task", "string", "context", "the task that a stalled context waits at"),
     AttributeSpec("obsdag.stall.missing", "string", "context", "upstreams that will never complete, by commas"),
-    AttributeSpec("error.type", "string", "context, execute", "class of the exception, with its module"),
+    AttributeSpec(
+        "error.type", "string", "context, execute, journal commit", "class of the exception, with its module"
+    ),
     AttributeSpec("obsdag.loop.iteration", "int", "execute", "number of the item that a loop gave, from 0"),
     AttributeSpec(
         "obsdag.join.upstream_count", "int", "execute", "executions that were joined, links beyond 64 included"
@@ -160,6 +164,7 @@ ATTRIBUTES: Final = (
         "why a span is linked",
         ("submitter", "run", "maker", "retry", "upstream", "continuation"),
     ),
+    *JOURNAL_ATTRIBUTES,
 )
 
 _EXECUTION = ("context_id", "root_id", "task", "attempt", "worker", "trace_id", "span_id")
@@ -302,7 +307,7 @@ EVENTS: Final = (
         "journal.recovered",
         "info",
         "a run took up contexts of an earlier process; replayed: executions that may run twice",
-        ("contexts", "replayed", "dead_letters"),
+        ("contexts", "replayed", "dead_letters", "duration_s"),
         "journal_recovered",
     ),
     EventSpec(

@@ -1,12 +1,59 @@
-"""The metrics of the journal; part of `metric_specs.METRICS`."""
+"""The metrics of the journal, part of `metric_specs.METRICS`; its spans and their attributes, part of the catalogue."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from obsdag.telemetry.specs import MetricSpec
+from obsdag.telemetry.specs import AttributeSpec, MetricSpec, SpanSpec
 
-__all__ = ["JOURNAL_METRICS"]
+__all__ = ["JOURNAL_ATTRIBUTES", "JOURNAL_METRICS", "JOURNAL_SPANS", "SLOW_COMMIT_S"]
+
+SLOW_COMMIT_S: Final = 0.1
+"""From so many seconds a commit has a span."""
+
+_RUN: Final = ("obsdag.engine", "obsdag.dag")
+
+JOURNAL_SPANS: Final = (
+    SpanSpec(
+        "journal commit",
+        "INTERNAL",
+        "`run`",
+        "a commit of the journal that took >= 100 ms, at most one a second, or that failed for good",
+        (),
+        (*_RUN, "obsdag.journal.rows", "obsdag.journal.depth", "obsdag.journal.left_out", "error.type"),
+    ),
+    SpanSpec(
+        "journal recover",
+        "INTERNAL",
+        "`run`",
+        "a run takes up the contexts of an earlier process",
+        (),
+        (
+            *_RUN,
+            *("obsdag.journal.contexts", "obsdag.journal.replayed", "obsdag.journal.dead_letters"),
+            "obsdag.journal.took_s",
+        ),
+    ),
+)
+
+JOURNAL_ATTRIBUTES: Final = (
+    AttributeSpec("obsdag.journal.rows", "int", "journal commit", "rows of the commit, one per context"),
+    AttributeSpec("obsdag.journal.depth", "int", "journal commit", "rows that still waited"),
+    AttributeSpec(
+        "obsdag.journal.left_out", "int", "journal commit", "slow commits since the one before that have no span"
+    ),
+    AttributeSpec("obsdag.journal.contexts", "int", "journal recover", "contexts that were taken up"),
+    AttributeSpec("obsdag.journal.replayed", "int", "journal recover", "executions that may run twice"),
+    AttributeSpec(
+        "obsdag.journal.dead_letters", "int", "journal recover", "contexts that failed: running at too many crashes"
+    ),
+    AttributeSpec(
+        "obsdag.journal.took_s",
+        "double",
+        "journal recover",
+        "seconds to read them, before the run, and to take them up",
+    ),
+)
 
 JOURNAL_METRICS: Final = (
     MetricSpec(

@@ -29,7 +29,7 @@ class JournalTally(Observer):
         self._journal["rows_total"] += rows
         self._journal["inbox_rows"] = depth
 
-    def journal_recovered(self, contexts: int, replayed: int, dead_letters: int) -> None:
+    def journal_recovered(self, contexts: int, replayed: int, dead_letters: int, took_s: float) -> None:
         """Counts what a run took up again."""
         self._journal["recovered_total"] += contexts
         self._journal["replayed_total"] += replayed

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
     from obsdag.context import Context
@@ -115,6 +116,12 @@ class Keeper(Observer):
     def unix_ns_now(self) -> int:
         """Nanoseconds since 1970, now."""
         return self.unix_ns(self.run.clock())
+
+    def hand_in(self, span: ReadableSpan) -> None:
+        """A finished span below the `run` span, which is exported for it."""
+        self._kept_any = True
+        if not self._pipeline.submit(lambda: self._pipeline.emit(span)):
+            self.stats.drop("traces", "buffer_cap", dag=self.dag)
 
     def now(self) -> float:
         """The run's clock."""

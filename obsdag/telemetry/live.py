@@ -85,13 +85,14 @@ class LiveTracer(Observer):
         self.engine = engine
         self.dag = run.plan.name
         self._run = run
-        self._texts = ErrorTexts(redact)
+        self.texts = ErrorTexts(redact)
         self._epoch_ns = int(run.epoch * 1e9)
         self._tracer = trace.get_tracer("obsdag", tracer_provider=provider)
         self._base = OtelContext()
         self._span: Span = trace.INVALID_SPAN
 
-    def _ns(self, at: float) -> int:
+    def unix_ns(self, at: float) -> int:
+        """Nanoseconds since 1970 of a time on the run's clock."""
         return self._epoch_ns + int(at * 1e9)
 
     # --- runs
@@ -103,7 +104,7 @@ class LiveTracer(Observer):
         attributes = {"obsdag.engine": self.engine, "obsdag.dag": self.dag}
         attributes |= {"obsdag.run.id": run.id, "obsdag.run.kind": run.kind}
         self._span = self._tracer.start_span(
-            f"run {self.dag}", context, attributes=attributes, start_time=self._ns(now), record_exception=False
+            f"run {self.dag}", context, attributes=attributes, start_time=self.unix_ns(now), record_exception=False
         )
 
     def run_finished(self, run: RunState, outcome: str, duration_s: float, now: float) -> None:
@@ -112,7 +113,12 @@ class LiveTracer(Observer):
         if outcome in ("failed", "deadlocked", "deadline"):
             self._span.set_attribute("error.type", outcome)
             self._span.set_status(StatusCode.ERROR, outcome)
-        self._span.end(self._ns(now))
+        self._span.end(self.unix_ns(now))
+
+    def begin_below_run(self, name: str, start: float, attributes: dict[str, Any]) -> Span:
+        """A span below the `run` span that began at `start` on the run's clock."""
+        above = trace.set_span_in_context(self._span, self._base)
+        return self._tracer.start_span(name, above, attributes=attributes, start_time=self.unix_ns(start))
 
     # --- contexts
 
@@ -142,7 +148,13 @@ class LiveTracer(Observer):
         if parent is not None:
             attributes["obsdag.context.parent_id"] = parent.id
         span = self._tracer.start_span(
-            f"context {self.dag}", above, SpanKind.CONSUMER, attributes, links, self._ns(now), record_exception=False
+            f"context {self.dag}",
+            above,
+            SpanKind.CONSUMER,
+            attributes,
+            links,
+            self.unix_ns(now),
+            record_exception=False,
         )
         context._trace = _Live(_Root(span, base), None, True)
 
@@ -162,13 +174,13 @@ class LiveTracer(Observer):
                 root.open += 1
         root.open -= 1
         if own.top and root.open:  # what it made outlives it, and its span covers that too
-            root.span.add_event("outcome", {"obsdag.context.outcome": outcome}, self._ns(now))
+            root.span.add_event("outcome", {"obsdag.context.outcome": outcome}, self.unix_ns(now))
         own.latest, own.arrived = {}, {}
         self._close(root, now)
 
     def _close(self, root: _Root, now: float) -> None:
         if root.open == 0:
-            root.span.end(self._ns(now))
+            root.span.end(self.unix_ns(now))
 
     def context_failed(self, context: Context, failure: Failure, execution: Execution | None, now: float) -> None:
         """The `context` span of a root that fails is an error."""
@@ -176,7 +188,7 @@ class LiveTracer(Observer):
         if own.top:
             text = error_text(failure.exception)
             own.root.span.set_attribute("error.type", text.name)
-            own.root.span.set_status(StatusCode.ERROR, self._texts.redacted(text.message) or text.name)
+            own.root.span.set_status(StatusCode.ERROR, self.texts.redacted(text.message) or text.name)
 
     def context_stalled(self, context: Context, stall: Stall, now: float) -> None:
         """The `context` span of a root that stalls is an error, and says where."""
@@ -191,12 +203,12 @@ class LiveTracer(Observer):
         """A long stay in a waiting state is a span."""
         if stayed_s >= WAIT_SPAN_S and state != State.RUNNING:
             root: _Root = context._trace.root
-            start = self._ns(now - stayed_s)
+            start = self.unix_ns(now - stayed_s)
             above = set_span_in_context(root.span, root.base)
             span = self._tracer.start_span(
                 f"wait {STATES[state]}", above, attributes=self._attributes(context), start_time=start
             )
-            span.end(self._ns(now))
+            span.end(self.unix_ns(now))
 
     def join_waiting(self, context: Context, task: Task, now: float) -> None:
         """The child's latest execution is one that the join will link to."""
@@ -233,7 +245,7 @@ class LiveTracer(Observer):
             above,
             attributes=attributes,
             links=links,
-            start_time=self._ns(now),
+            start_time=self.unix_ns(now),
             record_exception=False,
         )
         execution.span = _LiveSpan(span, own, attach(set_span_in_context(span, root.base)))
@@ -259,9 +271,9 @@ class LiveTracer(Observer):
         if error is not None and outcome in ("error", "timeout"):
             text = error_text(error)
             span.set_attribute("error.type", text.name)
-            span.add_event("exception", self._texts.attributes(error), self._ns(now))
-            span.set_status(StatusCode.ERROR, self._texts.redacted(text.message) or text.name)
-        span.end(self._ns(execution.ended))
+            span.add_event("exception", self.texts.attributes(error), self.unix_ns(now))
+            span.set_status(StatusCode.ERROR, self.texts.redacted(text.message) or text.name)
+        span.end(self.unix_ns(execution.ended))
         if live.is_tail:
             own.root.open -= 1
             self._close(own.root, now)

@@ -223,8 +223,9 @@ class _Warnings(Observer):
     def task_restarted(self, task: Task, kind: str, error: BaseException | None) -> None:
         self._write("service.restarted", task=task.id, kind=kind, error=error)
 
-    def journal_recovered(self, contexts: int, replayed: int, dead_letters: int) -> None:
-        self._write("journal.recovered", contexts=contexts, replayed=replayed, dead_letters=dead_letters)
+    def journal_recovered(self, contexts: int, replayed: int, dead_letters: int, took_s: float) -> None:
+        write = self._write
+        write("journal.recovered", contexts=contexts, replayed=replayed, dead_letters=dead_letters, duration_s=took_s)
 
     def journal_failed(self, error: BaseException) -> None:
         self._write("journal.failed", error=error)

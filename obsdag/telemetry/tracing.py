@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from obsdag.errors import ConfigError
+from obsdag.telemetry import journal_spans
 from obsdag.telemetry.carrier import Caller, RemoteSpan, absorb, capture_caller, inject, remote_span, returning
 from obsdag.telemetry.deferred import DeferredTracer
 from obsdag.telemetry.executions import trace_ids
@@ -142,7 +143,7 @@ class Tracing:
         stats: SelfStats | None = None,
         redact: Callable[[str], str] | None = None,
     ) -> list[Observer]:
-        """The observer that traces one run; none if tracing is off.
+        """The observers that trace one run; none if tracing is off.
 
         engine: its name on every span. stats: counts what is lost and decided. redact: applied to all exception texts.
         """
@@ -153,7 +154,8 @@ class Tracing:
             return []
         if mode == "live":
             self._say_live()
-            return [LiveTracer(run, engine=engine, redact=redact)]
+            observer = LiveTracer(run, engine=engine, redact=redact)
+            return [observer] if run.config.journal is None else [observer, journal_spans.live(run, observer)]
         for processor in self.processors:
             bind_counts(processor, stats)
         stats.gauges["spans_buffered"] = self._pipeline.buffered
@@ -170,7 +172,7 @@ class Tracing:
             follow_parent=self.follow_parent,
             max_spans_per_trace=self.max_spans_per_trace,
         )
-        return [tracer]
+        return [tracer] if run.config.journal is None else [tracer, journal_spans.deferred(run, tracer)]
 
     def resolved_mode(self) -> str:
         """What "auto" means now: deferred, live or off."""

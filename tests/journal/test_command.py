@@ -71,10 +71,9 @@ def told(*words: str | Path, status: int = 0) -> list[str]:
 
 
 def test_show(journal: Path) -> None:
-    (line,) = told("show", journal)
-    assert line.endswith("; DAGs: shop")
-    assert "1 output" in line
-    assert "2 failed" in line
+    total, line = told("show", journal)
+    assert total.endswith(": 8 contexts of 1 DAG(s)")
+    assert line == "shop: 2 cancelled, 2 failed, 3 merged, 1 output"
     lines = told("show", journal, "order-0")
     assert len(lines) == 4
     assert lines[0].endswith("  output  order-0  done: pay, parts, pack, ship")

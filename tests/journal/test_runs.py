@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from obsdag import (
@@ -19,13 +20,16 @@ from obsdag import (
     Executor,
     ExecutorConfig,
     JournalError,
+    Observer,
     PlanChangedError,
     SQLiteJournal,
 )
-from obsdag.journal.codec import Codec
+from obsdag.journal.codec import Body, Codec
+from obsdag.journal.schema import sealed
 from obsdag.journal.store import Store
 from obsdag.testing import run_virtual
 from tests.journal.images import inline, outcomes, photographed, recovered
+from tests.journal.rows import open_store
 
 
 def rows(path: Path) -> list[tuple[str | None, dict[str, Any]]]:
@@ -372,6 +376,24 @@ def test_timers_go_by_the_clock_on_the_wall(tmp_path: Path) -> None:
         return asyncio.get_running_loop().time()
 
     assert 3590 < run_virtual(main()) <= 3601
+
+
+def test_dead_letters_are_told_although_nothing_else_is_taken_up(tmp_path: Path) -> None:
+    interrupted(tmp_path / "j.db", plus(), 0.5)
+    store = open_store(tmp_path / "j.db")
+    for row in list(store.rows()):
+        body = msgspec.msgpack.decode(row.body, type=Body)
+        body.crashes = 5
+        store.commit([sealed(row._replace(body=msgspec.msgpack.encode(body))[:-1])])
+    store.close()
+
+    class Told(Observer):
+        def journal_recovered(self, contexts: int, replayed: int, dead_letters: int, took_s: float) -> None:
+            told.append((contexts, replayed, dead_letters))
+
+    told: list[tuple[int, int, int]] = []
+    assert recovered(plus(), tmp_path / "j.db", observers=(Told(),)).counts["failed"] == 2
+    assert told == [(2, 0, 2)]
 
 
 KILLER = """

@@ -34,7 +34,7 @@ def test_what_was_committed_is_there(tmp_path: Path) -> None:
 
     assert read(path) == list(range(1, 2003))
     store = open_store(path)
-    assert store.counts() == {"living": 2001, "output": 1}
+    assert store.counts() == {"dag": {"living": 2001, "output": 1}}
     store.close()
 
 
@@ -291,7 +291,7 @@ def test_a_call_sees_what_came_before_it(tmp_path: Path) -> None:
     writer.put([row(1)])
     seen = writer.call(Store.counts)
     held.set()
-    assert seen.result() == {"living": 1}
+    assert seen.result() == {"dag": {"living": 1}}
     writer.close()
 
 
