@@ -20,6 +20,7 @@ from obsdag.errors import ContextError, DeadlineExceeded
 if TYPE_CHECKING:
     from obsdag.context import Context
     from obsdag.core.records import Execution, More
+    from obsdag.tasks.base import Task
 
 __all__ = ["Lifecycle"]
 
@@ -320,9 +321,10 @@ class Lifecycle(RunBase):
         """Gives back timers, permits and pulls; tells the lent branch that one of its children ended."""
         raise NotImplementedError  # the layer of waits does
 
-    def _collect(self, context: Context, outcome: str, reason: str, now: float) -> None:
+    def _collect(self, context: Context, outcome: str, reason: str, now: float, task: Task | None = None) -> None:
         """Ends by garbage collection as dropped or split (T3, C6), or keeps it readable until the run ends (E11)."""
-        task = self.cause.task if self.cause is not None else None
+        if task is None and self.cause is not None:
+            task = self.cause.task
         more_of(context).reason = reason
         if not self.gc and reason != "destroyed" and not self.stopping:
             self._keep_discarded(context, outcome, now)

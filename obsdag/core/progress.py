@@ -56,6 +56,7 @@ class Progress(Lending):
         if more is not None and (more.pool | more.service):
             more.pool &= ~self.plan.bit[index]
             more.service &= ~self.plan.bit[index]
+            self._restate(context, now)  # the others may all wait
         if execution.grant is not None and not execution.abandoned:
             self._release_grant(execution, now)
         self._count(execution, outcome, error, now)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from obsdag.context import Context, LoopContext
 from obsdag.core.base import _DISCARDED, more_of
 from obsdag.core.joins import Joins
-from obsdag.core.queue import IDLE, LOOP, QUEUED
+from obsdag.core.queue import LOOP, QUEUED
 from obsdag.core.records import Execution, Lend, More, Pull
 from obsdag.plan import indices
 
@@ -184,8 +184,7 @@ class Sources(Joins):
         pull.state = "waiting"
         pull.queued_at = now
         self.queue.loop.append(pull.marker)
-        if context._place == IDLE:
-            self._restate(context, now)
+        self._restate(context, now)
 
     def pull_ended(self, execution: Execution, pull: Pull, now: float) -> None:
         """The generator ended: a loop's input is split (or dropped if nothing came), a map waits for its children."""
@@ -203,6 +202,7 @@ class Sources(Joins):
                 self._stop_branches(context, now)
                 self._collect(context, *(("split", "replaced") if pull.items else ("dropped", "emptied")), now)
             self._schedule(context, now)
+            self._restate(context, now)  # in the queue it is not running any more
         self._settle_all(now)
 
     def abort_pull(self, pull: Pull) -> None:

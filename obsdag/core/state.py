@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from obsdag.context import Context, LoopContext, OutputContext, RateLimitContext, StopContext
-from obsdag.core.base import _DISCARDED, _RUNNING, alive, more_of
+from obsdag.core.base import _DISCARDED, _QUEUED, _RUNNING, alive, more_of
 from obsdag.core.critical import critical_path
 from obsdag.core.queue import IDLE, VISITED
 from obsdag.core.records import CriticalStep, Execution
@@ -39,7 +39,8 @@ class RunState(Sources):
         self.idle_at = None
         if (context := self.queue.take()) is not None:
             context._place = VISITED
-            waited = now - context._since
+            # If a loop or map of it has run since, nobody knows how long it was queued as well.
+            waited = now - context._since if context._state == _QUEUED else 0.0
             self._move(context, _RUNNING, now)
             self._begin_visit(context, worker, context._lane, waited, now)
             return context
@@ -406,7 +407,7 @@ class RunState(Sources):
         self._wait_inside(execution, "service", now)
 
     def _wait_inside(self, execution: Execution, kind: str, now: float) -> None:
-        if execution.context._outcome is None:
+        if execution.outcome is None and execution.context._outcome is None:
             more = more_of(execution.context)
             more.plain = False
             setattr(more, kind, getattr(more, kind) | self.plan.bit[execution.index])
@@ -430,6 +431,7 @@ class RunState(Sources):
         (C8).
         """
         if context._outcome is None and context._state != _DISCARDED:
+            self.cause = caller
             if caller is not None:
                 caller.exempt = True
             self._collect(context, "dropped", "destroyed", now)
@@ -441,6 +443,7 @@ class RunState(Sources):
     def cancel(self, context: Context, now: float) -> None:
         """Ends the context and its descendants as cancelled (a ticket's `cancel`)."""
         if alive(context):
+            self.cause = None
             self._end(context, "cancelled", now)
             self._cascade(context, now)
             self._settle_all(now)
@@ -455,6 +458,7 @@ class RunState(Sources):
     def stop(self, now: float) -> None:
         """The run is ended early (E9): whatever lives ends cancelled, and its executions are to be cancelled."""
         self.stopping = True
+        self.cause = None
         self.end_discarded(now)
         for context in list(self.contexts):
             if context._outcome is None:

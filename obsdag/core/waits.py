@@ -12,6 +12,7 @@ from obsdag.core.records import Execution, More
 if TYPE_CHECKING:
     from obsdag.context import Context
     from obsdag.limits import LimitRequest
+    from obsdag.tasks.base import Task
 
 __all__ = ["Waits"]
 
@@ -155,6 +156,7 @@ class Waits(Lifecycle):
 
     def wake(self, now: float) -> None:
         """Does what is due at `now`."""
+        self.cause = None
         while (timer := self.timers.pop_due(now)) is not None:
             timer.action(timer.argument, now)
         if self.waiting_limits:
@@ -195,8 +197,9 @@ class Waits(Lifecycle):
         self._note_freeze(context, False, now)
         more = context._more
         if more is not None and more.kept:
+            task = self.tasks[(more.kept & -more.kept).bit_length() - 1]
             more.kept = 0
-            self._discard(context, now)
+            self._discard(context, now, task)
         self._schedule(context, now)
         self._settle_all(now)
 
@@ -237,10 +240,12 @@ class Waits(Lifecycle):
                 self._stall(context, self._diagnose(context), now)
         self._settle_all(now)
 
-    def _discard(self, context: Context, now: float) -> None:
-        """A task returned nothing: the context ends dropped, its other branches are stopped (T3)."""
+    def _discard(self, context: Context, now: float, task: Task | None = None) -> None:
+        """A task (the one whose execution ends now, or `task`) returned nothing: the context ends dropped, its other
+        branches are stopped (T3).
+        """
         self._stop_branches(context, now)
-        self._collect(context, "dropped", "discarded", now)
+        self._collect(context, "dropped", "discarded", now, task)
 
     # --- giving back
 

@@ -157,6 +157,7 @@ class Steps:
             return
         if isinstance(context, LoopContext):
             self.run.leave_pull(context.pull, visit.number, 0.0, self.now)
+            self.told("leave_pull", context.pull.context)
         else:
             self.run.leave(context, visit.number, 0.0, self.now)
             self.told("leave", context)

@@ -7,9 +7,11 @@ from typing import Any
 from obsdag.context import Context, LoopContext, OutputContext, RateLimitContext, StopContext
 from obsdag.core.base import _DISCARDED
 from obsdag.core.queue import IDLE, QUEUED, VISITED
+from obsdag.core.states import STATES
 from obsdag.plan import indices
 from obsdag.testing.simulation import Simulation
 from tests.simulation.model import Graph, Model, ModelError, Node
+from tests.simulation.told import Told
 
 __all__ = ["Checked"]
 
@@ -22,6 +24,7 @@ class Checked(Simulation):
         self.graph = graph
         self.transitions = 0
         self.quiet_since = 0.0
+        self.book: Told | None = None
         super().__init__(*arguments, **keywords)
         self.model = Model(graph, self.config.enable_context_gc, self.config.enable_context_bypass)
 
@@ -33,10 +36,11 @@ class Checked(Simulation):
         assert model is not None
         self.transitions += 1
         model.changes()
+        model.now = self.now
         getattr(self, f"_told_{what}")(model, *about)
         if what not in ("wake", "close", "freeze", "thaw", "returned", "nudge"):
             self.quiet_since = self.now
-        if what in ("close", "abort_pull"):  # `fail` follows at once
+        if what == "abort_pull":  # `fail` follows at once
             return
         model.settle()
         self.compare(what)
@@ -44,7 +48,7 @@ class Checked(Simulation):
             self.run.check(deep=True)
 
     def _told_accept(self, model: Model, context: Context, visited: bool) -> None:
-        taken = sum(node.living and node.arrived is None for node in model.nodes.values())
+        taken = model.taken()
         if taken >= self.config.max_live_contexts:
             raise ModelError(f"{context!r} was let in beside {taken} others (E16)")
         model.accept(context, visited)
@@ -54,6 +58,8 @@ class Checked(Simulation):
             queued = [n.context for n in model.nodes.values() if n.stamp and not n.frozen]
             if queued:
                 raise ModelError(f"{context!r} was taken while {queued} wait in the queue")
+            if context is None:
+                model.check_no_pull(self.config.max_live_contexts)
         else:
             model.take(context)
 
@@ -106,13 +112,17 @@ class Checked(Simulation):
             model.stall_frozen()
 
     def _told_begin_pull(self, model: Model, execution: Any, pull: Any) -> None:
-        node = model.nodes[pull.context]
-        if node.frozen or not node.living or execution.index not in node.sources:
-            raise ModelError(f"{pull.context!r} was asked for an item of task {execution.index} and is not open for it")
-        model.start(node, execution.index, execution)
+        node, task = model.nodes[pull.context], execution.index
+        model.check_pull(node, task, self.config.max_live_contexts)
+        model.tell("visit_started", pull.context, 2, self.now - node.asked[task])
+        model.pulling.add(execution)
+        model.start(node, task, execution)
+
+    def _told_leave_pull(self, model: Model, context: Context) -> None:
+        model.tell("visit_finished", context)
 
     def _told_open_pull(self, model: Model, execution: Any, pull: Any) -> None:
-        model.opened(execution.context, execution.index)
+        model.opened(execution)
 
     def _told_pulled(self, model: Model, execution: Any, pull: Any, items: Any) -> None:
         model.pulled(execution, items, execution.cancelling)
@@ -124,14 +134,35 @@ class Checked(Simulation):
         model.pull_broken(execution)
 
     def _told_service_waits(self, model: Model, execution: Any) -> None:
-        """It still runs."""
+        self._waits_inside(model, execution, "service")
 
-    _told_pool_waits = _told_pool_started = _told_service_waits
+    def _told_pool_waits(self, model: Model, execution: Any) -> None:
+        self._waits_inside(model, execution, "pool")
+
+    def _waits_inside(self, model: Model, execution: Any, kind: str) -> None:
+        node = model.nodes[execution.context]
+        if node.executions.get(execution.index) is execution:  # it may have timed out meanwhile
+            node.inside[execution.index] = kind
+
+    def _told_pool_started(self, model: Model, execution: Any) -> None:
+        node = model.nodes[execution.context]
+        if node.executions.get(execution.index) is execution:  # it may have timed out meanwhile
+            node.inside.pop(execution.index, None)
 
     def _told_nudge(self, model: Model) -> None:
         """Nothing of its own."""
 
-    _told_close = _told_nudge
+    def _told_close(self, model: Model) -> None:
+        model.end_readable()
+        run = self.run
+        if run.task_started != model.started:
+            raise ModelError(f"{run.task_started} executions were counted, by the rules {model.started}")
+        if run.task_executions != model.ended:
+            raise ModelError(f"{run.task_executions} executions were counted as ended, by the rules {model.ended}")
+        if any(abs(took - due) > 1e-6 for took, due in zip(run.task_seconds, model.seconds, strict=True)):
+            raise ModelError(f"executions took {run.task_seconds}, by the rules {model.seconds}")
+        if self.book is not None and self.book.running:
+            raise ModelError(f"{self.book.running} were told to have started and not to have ended")
 
     def _told_freeze(self, model: Model, context: Context) -> None:
         model.freeze(context)
@@ -140,7 +171,7 @@ class Checked(Simulation):
         model.thaw(context)
 
     def _told_destroy(self, model: Model, context: Context, caller: Any) -> None:
-        model.destroy(context)
+        model.destroy(context, caller)
 
     def _told_cancel(self, model: Model, context: Context) -> None:
         model.cancel(context)
@@ -168,6 +199,25 @@ class Checked(Simulation):
         if run.living != len(model.nodes) - len(ends):
             raise ModelError(f"after {what}: {run.living} live, by the rules {len(model.nodes) - len(ends)}")
         self._compare_permits(model, what)
+        at_joins = sum(n.arrived is not None for n in living)
+        if run.at_joins != at_joins:
+            raise ModelError(f"after {what}: {run.at_joins} are counted at joins, by the rules {at_joins}")
+        if self.book is not None:
+            if run.facts.failures:
+                raise ModelError(f"after {what}: an observer raised")
+            self.book.compare(model, what, run.facts)
+            for node in model.nodes.values():
+                if node.living or node.readable:
+                    self._note_state(self.book, node)
+        else:
+            model.facts.clear()
+
+    def _note_state(self, book: Told, node: Node) -> None:
+        """Since when it is in its state, for what is told when it leaves that."""
+        state = STATES[node.context._state]
+        known = book.states.get(node.context)
+        if known is None or known[0] != state:
+            book.states[node.context] = (state, self.now)
 
     def _compare_permits(self, model: Model, what: str) -> None:
         for limit, holders in model.held.items():
@@ -199,6 +249,9 @@ class Checked(Simulation):
             raise ModelError(f"after {what}: on {context!r} {set(indices(context._ready))} is ready, not {ready}")
         if (context in self.run._freezes) != node.frozen:
             raise ModelError(f"after {what}: {context!r} is frozen or not, against the rules")
+        state = model.state(node)
+        if STATES[context._state] not in (state, "room_wait" if node.sources else state):
+            raise ModelError(f"after {what}: {context!r} is counted as {STATES[context._state]}, by the rules {state}")
         place = VISITED if node.visited else QUEUED if node.stamp and not node.frozen else IDLE
         if context._place != place and not node.frozen:
             raise ModelError(f"after {what}: {context!r} has place {context._place}, by the rules {place}")

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from obsdag.errors import ExecutionTimeout
+
 __all__ = ["Branch", "Graph", "Model", "ModelError", "Node"]
 
 SUCCESS_BELOW = ("output", "split")
@@ -83,6 +85,7 @@ class Branch:
     mapped: bool = False
     joining: int | None = None
     closed: bool = False  # handed back
+    first_arrival: float = 0.0
 
 
 @dataclass(eq=False)
@@ -114,6 +117,12 @@ class Node:
     failed_by: Any = None
     destroyed: bool = False
     left_branch: bool = False
+    queued_at: float | None = None  # since when it has been in the queue and nothing of it was running
+    waits: dict[int, str] = field(default_factory=dict)  # of those in `waiting`: "limit" or "retry"
+    inside: dict[int, str] = field(default_factory=dict)  # executions that wait for a "pool" or a "service"
+    begun: dict[int, float] = field(default_factory=dict)  # task -> when its execution began
+    asked: dict[int, float] = field(default_factory=dict)  # open loops and maps -> since when the next item is wanted
+    reason: str = ""  # why it was garbage-collected
 
     @property
     def living(self) -> bool:
@@ -123,8 +132,8 @@ class Node:
 class Request:
     """A wish for permits of all `limits` of a task (T7)."""
 
-    def __init__(self, node: Node, task: int, limits: list[Any]) -> None:
-        self.node, self.task, self.limits = node, task, limits
+    def __init__(self, node: Node, task: int, limits: list[Any], asked_at: float) -> None:
+        self.node, self.task, self.limits, self.asked_at = node, task, limits, asked_at
 
 
 class Model:
@@ -141,11 +150,20 @@ class Model:
         self.held: dict[Any, list[Any]] = {}
         self.line: list[Request] = []
         self.started = [0] * len(graph.ups)
+        self.ended = [0] * len(graph.ups)
+        self.seconds = [0.0] * len(graph.ups)
+        self.now = 0.0
+        self.facts: list[tuple[Any, ...]] = []  # what is to be told, since somebody looked
+        self.pulling: set[Any] = set()  # executions that ask an open loop or map for an item: each has room reserved
         self.grants: dict[Any, list[Any]] = {}  # execution -> limits
         for limits in graph.limits:
             for limit in limits:
                 self.capacity.setdefault(limit, getattr(limit, "n", 0) or len(getattr(limit, "items", ())) or 10**9)
                 self.held.setdefault(limit, [])
+
+    def tell(self, *fact: Any) -> None:
+        """What every observer is to hear of this transition."""
+        self.facts.append(fact)
 
     # --- what a context's progress is (C4)
 
@@ -244,6 +262,29 @@ class Model:
                 return "a living child"
         return ""
 
+    def state(self, node: Node) -> str:
+        """Where a living context is: the first that applies, in the order of the enumeration of states."""
+        waits = {node.waits[task] for task in node.waiting}
+        if set(node.executions) - set(node.inside):
+            return "running"
+        if "pool" in node.inside.values():
+            return "pool_wait"
+        if node.stamp and not node.frozen:
+            return "queued"
+        if node.visited:
+            return "running"
+        for kind, found in (("service", node.inside.values()), ("limit", waits), ("retry", waits)):
+            if kind in found:
+                return f"{kind}_wait"
+        open_sources = set(node.sources) - set(node.executions)  # or "room_wait", which only a worker finds out
+        if self.awaited_join(node) is not None:
+            return "join_wait"
+        if node.branches:
+            return "lent"
+        if open_sources:
+            return "source_wait"
+        return "frozen" if node.frozen else "lent"
+
     # --- entering and ending
 
     def orphaned(self, parent: Node | None) -> bool:
@@ -254,22 +295,27 @@ class Model:
             parent = parent.parent
         return False
 
-    def enter(self, context: Any, completed: set[int]) -> Node:
+    def enter(self, context: Any, completed: set[int], maker: Any = None) -> Node:
         parent = self.nodes.get(context.parent) if context.parent is not None else None
         node = Node(context, parent, len(self.nodes), completed)
         node.frozen = context._frozen
         self.nodes[context] = node
+        kind = "input" if maker is None else "made" if context.parent is None else "child"
+        self.tell("context_entered", context, kind, maker and (maker.context, maker.index))
         if parent is not None:
             parent.children.append(node)
         node.lane = 1
         return node
 
-    def enter_made(self, context: Any, maker: Node, task: int) -> Node:
+    def enter_made(self, context: Any, maker: Node, task: int, execution: Any) -> Node:
         """E12."""
         above = {task} | self.graph.anc[task]
         if self.bypass:
-            return self.enter(context, above | self.graph.bypass(task))
-        node = self.enter(context, above | {0})
+            bypassed = self.graph.bypass(task)
+            if bypassed:
+                self.tell("tasks_bypassed", context, len(bypassed))
+            return self.enter(context, above | bypassed, execution)
+        node = self.enter(context, above | {0}, execution)
         node.choices = {router: set(chosen) for router, chosen in maker.choices.items() if router in above}
         node.left_out = maker.left_out & above
         node.left_out |= {t for t in self.skipped(maker) if self._left_out_above(maker, t, above)}
@@ -285,11 +331,17 @@ class Model:
         finally:
             maker.choices, maker.left_out = chosen, left_out
 
-    def end(self, node: Node, outcome: str) -> None:
+    def end(self, node: Node, outcome: str, readable: bool = False) -> None:
         """One outcome; what it waited for and had reserved is given back; its executions are cancelled."""
         if node.outcome is not None:
             raise ModelError(f"{node.context!r} ended twice")
         node.outcome = outcome
+        if outcome == "stalled":
+            self.tell("context_stalled", node.context)
+        if readable:
+            self.tell("context_changed", node.context)
+        else:
+            self.tell("context_finished", node.context, outcome)
         self.changed.append(node)
         node.waiting.clear()
         node.sources.clear()
@@ -302,15 +354,27 @@ class Model:
                 self.held[limit].remove((node, task))
         node.reserved.clear()
 
-    def collect(self, node: Node, outcome: str) -> None:
+    def collect(self, node: Node, outcome: str, reason: str, task: int | None = None) -> None:
         """Ends by garbage collection; without it, stays readable until the run ends (E11)."""
-        self.end(node, outcome)
+        node.reason = reason
+        if self.gc:
+            self.tell("context_destroyed", node.context, reason, task)
+        self.end(node, outcome, readable=not self.gc)
         node.readable = not self.gc
+
+    def end_readable(self) -> None:
+        """At the end of the run."""
+        for node in self.nodes.values():
+            if node.readable:
+                node.readable = False
+                self.tell("context_destroyed", node.context, node.reason, None)
+                self.tell("context_finished", node.context, node.outcome)
 
     def end_below(self, node: Node) -> None:
         """Living descendants end cancelled (C8)."""
         for each in self.descendants(node):
             if each.living:
+                self.tell("context_destroyed", each.context, "cascade", None)
                 self.end(each, "cancelled")
 
     def stop_branches(self, node: Node) -> None:
@@ -321,8 +385,9 @@ class Model:
                     self.end(child, "cancelled")
                     self.end_below(child)
 
-    def fail(self, node: Node, error: Any) -> None:
+    def fail(self, node: Node, error: Any, task: int, attempts: int = 1) -> None:
         node.failed_by = error
+        self.tell("context_failed", node.context, task, attempts)
         self.end(node, "failed")
         self.end_below(node)
 
@@ -340,10 +405,15 @@ class Model:
                 if startable and not node.stamp:
                     node.stamp = self.transition
                     node.lane = 1 if node.lane == 1 else 0
+                    self.tell("context_queued", node.context, node.lane)
                 elif not self.ready(node) or node.visited or node.frozen:
                     node.stamp = 0
                 if not node.stamp:
                     node.lane = None
+                if self.state(node) != "queued":
+                    node.queued_at = None
+                elif node.queued_at is None:
+                    node.queued_at = self.now
             else:
                 node.stamp = 0
 
@@ -398,8 +468,11 @@ class Model:
             return False
         failed = [c for b in meeting for c in b.children if c.outcome == "failed" and not c.left_branch]
         if failed and join not in self.graph.skips_failed:
-            self.fail(parent, failed[0].failed_by)
+            self.fail(parent, failed[0].failed_by, join)
             return True
+        arrived = [c for b in meeting for c in b.children if c.arrived == join and not c.left_branch]
+        first = min((b.first_arrival for b in meeting if any(c in arrived for c in b.children)), default=self.now)
+        self.tell("join_released", parent.context, join, len(arrived), self.now - first)
         for branch in meeting:
             branch.joining = join
         return True
@@ -418,7 +491,11 @@ class Model:
         join = self.awaited_join(node)
         children = [c for branch in node.branches.values() for c in branch.children if c.living and not c.left_branch]
         if join is not None and self.joinable(node) and not children:
+            assert node.branch is not None
+            if not any(c.arrived is not None for c in node.branch.children if not c.left_branch):
+                node.branch.first_arrival = self.now
             node.arrived = join
+            self.tell("join_waiting", node.context, join)
             return
         if not node.branches:
             self.end(node, "stalled")
@@ -428,16 +505,17 @@ class Model:
             for child in children:
                 self.end(child, "stalled")
             return
-        ended = [c for branch in node.branches.values() for c in branch.children if not c.left_branch]
-        outcomes = {c.outcome for c in ended}
+        ended = [(c, branch) for branch in node.branches.values() for c in branch.children if not c.left_branch]
+        outcomes = {c.outcome for c, _ in ended}
         if outcomes & set(SUCCESS_BELOW):
-            self.collect(node, "split")
+            self.collect(node, "split", "spread")
         elif "failed" in outcomes:
-            self.fail(node, next(c.failed_by for c in ended if c.outcome == "failed"))
+            child, branch = next((c, branch) for c, branch in ended if c.outcome == "failed")
+            self.fail(node, child.failed_by, branch.task)
         elif "stalled" in outcomes:
             self.end(node, "stalled")
         else:
-            self.collect(node, "dropped")
+            self.collect(node, "dropped", "emptied")
 
     # --- limits (T7)
 
@@ -449,6 +527,7 @@ class Model:
             if free and not any(limit in first for limit in request.limits):
                 self.line.remove(request)
                 request.node.waiting.pop(request.task, None)
+                self.tell("limit_granted", request.node.context, request.task, self.now - request.asked_at)
                 if not request.node.frozen:  # which asks again when it is thawed
                     self._grant(request.node, request.task)
                 return True
@@ -466,8 +545,9 @@ class Model:
             return True
         waited_for = {limit for request in self.line for limit in request.limits}
         if any(limit in waited_for or len(self.held[limit]) >= self.capacity[limit] for limit in limits):
-            self.line.append(Request(node, task, limits))
-            node.waiting[task] = None
+            self.line.append(Request(node, task, limits, self.now))
+            node.waiting[task], node.waits[task] = None, "limit"
+            self.tell("limit_deferred", node.context, task)
             return False
         self._grant(node, task)
         return True
@@ -484,6 +564,7 @@ class Model:
         node.visited = visited
         if visited:
             node.lane = None
+            self.tell("visit_started", context, 1, 0.0)
 
     def take(self, context: Any) -> None:
         """E4: continuing contexts last in first out, then new ones first in first out."""
@@ -498,6 +579,8 @@ class Model:
             raise ModelError(f"{context!r} was taken before one that went on later (E4: last in, first out)")
         if node.lane != 0 and (node.stamp, node.number) > min((n.stamp, n.number) for n in queued):
             raise ModelError(f"{context!r} was taken before one that entered earlier (E4: first in, first out)")
+        since = self.now if node.queued_at is None else node.queued_at
+        self.tell("visit_started", context, node.lane, self.now - since)
         node.visited = True
         node.lane = None
 
@@ -518,6 +601,7 @@ class Model:
 
     def start(self, node: Node, task: int, execution: Any) -> None:
         node.executions[task] = execution
+        node.begun[task] = self.now
         self.started[task] += 1
         if task in node.reserved:
             node.reserved.discard(task)
@@ -528,9 +612,18 @@ class Model:
     def leave(self, context: Any) -> None:
         self.nodes[context].visited = False
         self.nodes[context].lane = None
+        self.tell("visit_finished", context)
 
-    def execution_ends(self, execution: Any, task: int | None = None) -> Node:
+    def execution_ends(
+        self, execution: Any, task: int | None = None, outcome: str = "success", error: Any = None
+    ) -> Node:
+        """Each execution ends once, is counted and told with what it took (T8)."""
         node = self.nodes[execution.context]
+        index = execution.index if task is None else task
+        self.tell("execution_finished", execution, outcome, error)
+        self.ended[index] += 1
+        self.seconds[index] += self.now - node.begun.get(index, self.now)
+        node.inside.pop(index, None)
         if node.executions.pop(execution.index if task is None else task, None) is not execution:
             raise ModelError(f"{execution!r} ended and did not run")
         if not execution.abandoned:
@@ -538,16 +631,20 @@ class Model:
         return node
 
     def cancelled(self, execution: Any) -> None:
-        self.execution_ends(execution)
+        self.execution_ends(execution, outcome="cancelled")
 
     def failed(self, execution: Any, error: Any, delay: float | None, now: float) -> None:
         """E6; T13: a retry of what was abandoned starts only when it has really returned."""
-        node = self.execution_ends(execution)
+        timed_out = isinstance(error, ExecutionTimeout)
+        node = self.execution_ends(execution, outcome="timeout" if timed_out else "error", error=error)
         if not node.living or execution.cancelling:
             return
         if delay is None:
-            self.fail(node, error)
-        elif execution.abandoned:
+            self.fail(node, error, execution.index, execution.attempt)
+            return
+        self.tell("retry_scheduled", execution, error, delay)
+        node.waits[execution.index] = "retry"
+        if execution.abandoned:
             node.waiting[execution.index] = None
         elif delay > 0:
             node.waiting[execution.index] = now + delay
@@ -589,15 +686,17 @@ class Model:
         if not node.living:
             return
         if not chosen:
-            self.drop(node)
+            self.drop(node, execution.index)
         else:
             node.completed.add(execution.index)
             node.choices[execution.index] = set(chosen)
 
-    def drop(self, node: Node) -> None:
-        """T3: dropping is whole."""
+    def drop(self, node: Node, task: int) -> None:
+        """T3: dropping is whole. `task` is the one that did it."""
         self.stop_branches(node)
-        self.collect(node, "dropped")
+        self.collect(node, "dropped", "discarded", task)
+        if task not in self.graph.pass_through:
+            self.tell("context_dropped", node.context, task)
 
     def finished(self, execution: Any, result: Iterable[Any], task: int | None = None) -> None:
         """T1, T3, C5. `result`: the contexts that were returned, in order, each once."""
@@ -619,7 +718,7 @@ class Model:
             if other is not None:
                 handed |= self._completed_for(other, node, task)
                 continue
-            new = self.enter_made(context, node, task)
+            new = self.enter_made(context, node, task, execution)
             if new.parent is node and node.living and not own:
                 self.lend(node, task, new)
                 lent = True
@@ -637,9 +736,9 @@ class Model:
             self.end(node, "merged")
         elif made:
             self.stop_branches(node)
-            self.collect(node, "split")
+            self.collect(node, "split", "replaced", task)
         else:
-            self.drop(node)
+            self.drop(node, task)
 
     def _handed_back_before(self, context: Any, node: Node, task: int) -> bool:
         """C5 for all children but the first that hand a branch back, when the parent has gone on and ended since."""
@@ -678,6 +777,7 @@ class Model:
         """T1: the task is completed for each returned context; C5: for an ancestor that lent, the branch is handed
         back.
         """
+        self.tell("context_changed", other.context)
         child = node
         while child.parent is not None and child.parent is not other:
             child = child.parent
@@ -738,7 +838,8 @@ class Model:
         """C10: a timer, and no attempt."""
         node = self.execution_ends(execution)
         if node.living and not execution.cancelling:
-            node.waiting[execution.index] = due
+            node.waiting[execution.index], node.waits[execution.index] = due, "limit"
+            self.tell("limit_deferred", node.context, execution.index)
 
     def output(self, execution: Any) -> None:
         """C10: the context ends as output at once, its other branches are stopped."""
@@ -752,6 +853,8 @@ class Model:
     def freeze(self, context: Any) -> None:
         node = self.nodes[context]
         if node.living:
+            if not node.frozen:
+                self.tell("context_changed", context)
             node.frozen = True
             for task in node.reserved:  # it keeps no permit from others
                 for limit in self.graph.limits[task]:
@@ -761,14 +864,16 @@ class Model:
     def thaw(self, context: Any) -> None:
         node = self.nodes[context]
         if node.living and node.frozen:
+            self.tell("context_changed", context)
             node.frozen = False
             if node.kept:
-                self.drop(node)
+                self.drop(node, min(node.kept))
 
-    def destroy(self, context: Any) -> None:
+    def destroy(self, context: Any, caller: Any) -> None:
         node = self.nodes[context]
         if node.living:
             node.destroyed = True
+            self.tell("context_destroyed", context, "destroyed", caller and caller.index)
             self.end(node, "dropped")
             self.end_below(node)
 
@@ -780,8 +885,9 @@ class Model:
 
     # --- loops and maps (T14, T15)
 
-    def opened(self, context: Any, task: int) -> None:
-        node = self.nodes[context]
+    def opened(self, execution: Any) -> None:
+        task, node = execution.index, self.nodes[execution.context]
+        self.pulling.add(execution)
         node.sources[task] = 0
         if self.graph.shapes[task] == "map":
             branch = node.maps[task] = self.branch_at(node, task)
@@ -790,9 +896,12 @@ class Model:
     def pulled(self, execution: Any, items: Iterable[Any], closed: bool) -> None:
         node = self.execution_ends(execution)
         task = execution.index
+        self.pulling.discard(execution)
         if closed or not node.living:
             return
+        node.asked[task] = self.now
         for context in items:
+            self.tell("loop_item", context, execution.task.id)
             node.sources[task] += 1
             other = self.nodes.get(context)
             if context is node.context:
@@ -801,7 +910,7 @@ class Model:
                 if other.living:
                     self._completed_for(other, node, task)
             elif not self._ignored(context):
-                new = self.enter_made(context, node, task)
+                new = self.enter_made(context, node, task, execution)
                 branch = node.maps.get(task)
                 if branch is not None and new.parent is node:
                     branch.children.append(new)
@@ -810,6 +919,7 @@ class Model:
     def pull_ended(self, execution: Any) -> None:
         node = self.execution_ends(execution)
         task = execution.index
+        self.pulling.discard(execution)
         if not node.living:
             return
         items = node.sources.pop(task)
@@ -817,20 +927,52 @@ class Model:
             node.maps[task].open = False
         elif task not in node.completed:
             self.stop_branches(node)
-            self.collect(node, "split" if items else "dropped")
+            self.collect(node, *(("split", "replaced", task) if items else ("dropped", "emptied")))
 
     def pull_broken(self, execution: Any) -> None:
         """A map that has no child yet is as if it had not begun (T14)."""
         node = self.nodes[execution.context]
+        self.pulling.discard(execution)
         items = node.sources.pop(execution.index, None)
         if items == 0 and self.graph.shapes[execution.index] == "map":
             del node.branches[execution.index]
             node.completed.discard(execution.index)
 
+    # --- room (E16)
+
+    def taken(self) -> int:
+        """Contexts that wait at a join take no room; each item that is being made has its room reserved."""
+        return sum(node.living and node.arrived is None for node in self.nodes.values()) + len(self.pulling)
+
+    def waiting_sources(self) -> list[tuple[Node, int]]:
+        """Open loops and maps whose next item may be asked for."""
+        return [
+            (node, task)
+            for node in self.nodes.values()
+            for task in node.sources
+            if node.living and not node.frozen and task not in node.executions and task not in node.waiting
+        ]
+
+    def check_pull(self, node: Node, task: int, room: int) -> None:
+        """There is room for an item, or nothing else goes on and it is the deepest that waits."""
+        waiting = self.waiting_sources()
+        if (node, task) not in waiting:
+            raise ModelError(f"{node.context!r} was asked for an item of task {task} and is not open for it")
+        if self.taken() >= room:
+            going = [n.context for n in self.nodes.values() if n.executions or n.waiting or (n.stamp and not n.frozen)]
+            deepest = max(each.context.depth for each, _ in waiting)
+            if going or node.context.depth < deepest:
+                raise ModelError(f"an item of {node.context!r} was let in beside {self.taken()} others; {going} go on")
+
+    def check_no_pull(self, room: int) -> None:
+        """A worker found nothing to do, the queue being empty."""
+        waiting = self.waiting_sources()
+        if waiting and self.taken() < room:
+            raise ModelError(f"there is room beside {self.taken()}, and {waiting[0][0].context!r} was not asked")
+
     def stop(self) -> None:
         """E9."""
-        for node in list(self.nodes.values()):
-            node.readable = False
+        self.end_readable()
         for node in list(self.nodes.values()):
             if node.living:
                 self.end(node, "cancelled")

@@ -28,7 +28,8 @@ from obsdag.tasks import (
 )
 from obsdag.testing.bodies import HANDED
 from tests.simulation.checked import Checked
-from tests.simulation.model import Graph, Model, ModelError
+from tests.simulation.model import Graph
+from tests.simulation.told import Told
 
 __all__ = ["FEATURES", "Scenario", "graph_of", "make_scenario", "run_scenario"]
 
@@ -222,28 +223,13 @@ def graph_of(dag: DAG) -> Graph:
 
 # --- what tasks do
 
+QUICK_S = 1.0
+"""Virtual seconds: what is quicker need not be told to the observers of half of the scenarios."""
+
 
 def mix(*values: int) -> int:
     """A number that depends on all values; the same in every process."""
     return hash((values, 0x9E3779B97F4A7C15)) & 0x7FFFFFFFFFFFFFFF
-
-
-class Recorder(Observer):
-    """Listens, so that the core keeps records; with 1 it only listens, with 2 and 3 records and slack are kept, too."""
-
-    def __init__(self, level: int) -> None:
-        self.needs_records, self.needs_slack = level > 1, level > 2
-        self.open = 0
-
-    def execution_started(self, execution: Any, now: float) -> None:
-        self.open += 1
-
-    def execution_finished(self, execution: Any, outcome: str, error: BaseException | None, now: float) -> None:
-        self.open -= 1
-
-    def context_finished(self, context: Context, outcome: str, now: float) -> None:
-        if self.needs_slack and context.parent is None and context._run is not None:
-            context._run.critical_path(context)
 
 
 class Player(Checked):
@@ -254,18 +240,20 @@ class Player(Checked):
     def __init__(self, scenario: Scenario, schedule: int, choose: Callable[[int], int] | None = None) -> None:
         self.scenario = scenario
         self.made = 0
-        self.recorder = Recorder(schedule % 4)
         self.external = Random(schedule ^ 0x5DEECE66D)
         inputs = [Context(data={"key": mix(scenario.seed, n)}, name=f"i{n}") for n in range(scenario.inputs)]
+        level = schedule % 4  # with nobody who listens, the core goes other ways
+        book = Told(level, QUICK_S if schedule & 4 else 0.0, alone="others" not in scenario.features) if level else None
         super().__init__(
             scenario.graph,
             scenario.dag,
             inputs,
             seed=schedule,
             choose=choose,
-            observers=(*self.more_observers, *((self.recorder,) if schedule % 4 else ())),
+            observers=(*self.more_observers, *((book,) if book else ())),
             config=ExecutorConfig(**scenario.settings),
         )
+        self.book = book
         assert self.model is not None
         for index, limits in enumerate(self.run.limits):
             scenario.graph.limits[index] = list(limits)
@@ -276,12 +264,6 @@ class Player(Checked):
             if parallel:
                 self.model.capacity[limits[-1]] = parallel
         self._bodies.of = self.body  # type: ignore[method-assign]
-
-    def _told_close(self, model: Model) -> None:
-        if self.recorder.open:
-            raise ModelError(f"{self.recorder.open} executions were told to have started and not to have ended")
-        if self.run.task_started != model.started:
-            raise ModelError(f"{self.run.task_started} executions were counted, by the rules {model.started}")
 
     def has(self, feature: str) -> bool:
         return feature in self.scenario.features
