@@ -200,7 +200,7 @@ class Joins(Progress):
         if more.arrived:
             self._leave_line(more)
         more.lend.living -= leaves
-        self._touched.append(more.lend)
+        self._touch_lends(more.lend.parent)  # other branches that meet there may have waited for this one only
         if leaves:
             more.lend.children.remove(child)  # kept, for there is a join below
             more.arrived_at = -1

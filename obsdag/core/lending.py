@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from obsdag.core.base import more_of
+from obsdag.core.queue import QUEUED
 from obsdag.core.records import Lend
 from obsdag.core.waits import Waits
 from obsdag.plan import indices
@@ -36,6 +37,10 @@ class Lending(Waits):
                 if other.joining >= 0:
                     mask &= ~self.plan.bit[other.joining]  # it is called all the same
             parent._ready &= ~mask
+            if more.arrived_at >= 0 and mask & self.plan.bit[more.arrived_at]:
+                more.arrived_at = -1  # the join that was ready on it is the children's business now
+            if parent._place == QUEUED and not parent._ready:
+                self.queue.forget(parent)
             more.plain = False
             self._ask_no_more(parent, mask, now)
         parent._done |= self.plan.bit[index]

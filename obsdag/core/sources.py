@@ -233,15 +233,15 @@ class Sources(Joins):
         pull.state = "closed"
         pull.context._holds -= 1
 
-    def thaw(self, context: Context, now: float) -> None:
-        """Ends the freeze; pulls that were passed over meanwhile get their place in the loop lane again."""
+    def _end_freeze(self, context: Context, now: float) -> None:
+        """Pulls that were passed over meanwhile get their place in the loop lane again."""
         more = context._more
-        if more is not None and more.pulls and context in self._freezes:
+        if more is not None and more.pulls:
             for pull in more.pulls.values():
                 if pull.state == "frozen":
                     pull.state = "waiting"
                     self.queue.loop.append(pull.marker)
-        super().thaw(context, now)
+        super()._end_freeze(context, now)
 
     def _close_sources(self, context: Context, more: More, outcome: str, now: float) -> None:
         """The context ended: its pulls are closed (the shell closes the generators), its branch is told."""
@@ -279,22 +279,22 @@ class Sources(Joins):
         more = other._more
         kept = more.kept if more is not None else 0
         returns = lend is not None and more is not None and more.lends is not None and lend in more.lends.values()
-        if more is not None and more.arrived_at >= 0 and not returns:
-            self._unarrive(other, now, leaves=more.arrived_at == index)
         if more is not None and kept:
             more.kept = 0
             other._done |= kept
             for task in indices(kept):
                 if other._outcome is None:
                     self._release_below(other, task, now)
+        if more is not None and more.arrived_at >= 0 and not returns and other._outcome is None:
+            self._unarrive(other, now, leaves=more.arrived_at == index)  # what was kept may have made the join ready
         if lend is not None and returns and other._outcome is None:
             self._close_lend(other, lend, index, now)
         elif other._outcome is None and not other._done & self.plan.bit[index] and not self._fires(other, index):
             self._wait_no_more(other, index, now)
             other._ready &= ~self.plan.bit[index]
             self._complete(other, index, now)
-        if kept:
-            self.thaw(other, now)
+        if kept and other._outcome is None and other in self._freezes:
+            self._end_freeze(other, now)  # what comes of that is settled with the rest
         self._place_anew(other, now)
         return lend is not None or self._is_ancestor(other, context)
 

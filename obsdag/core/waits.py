@@ -192,8 +192,11 @@ class Waits(Lifecycle):
 
     def thaw(self, context: Context, now: float) -> None:
         """Ends the freeze: what was kept undecided is dropped, the rest goes on."""
-        if context._outcome is not None or context not in self._freezes:
-            return
+        if context._outcome is None and context in self._freezes:
+            self._end_freeze(context, now)
+            self._settle_all(now)
+
+    def _end_freeze(self, context: Context, now: float) -> None:
         self._note_freeze(context, False, now)
         more = context._more
         if more is not None and more.kept:
@@ -201,7 +204,6 @@ class Waits(Lifecycle):
             more.kept = 0
             self._discard(context, now, task)
         self._schedule(context, now)
-        self._settle_all(now)
 
     def _note_freeze(self, context: Context, frozen: bool, now: float) -> None:
         context._frozen = frozen

@@ -28,6 +28,15 @@ SEEDS = {
     400982: "T15: a join waits for a loop that yields its own context",
     3207681: "C4: what was completed for a context is not skipped when a router leaves it out",
     20014754: "E11: a discarded context whose join was called is not given out, though the sink waits for nothing else",
+    30055360: "T15: a join that became ready by what was kept, and was completed by the same return, is not waited at",
+    30057345: "C5: who lends a branch waits no more at the join that is below it",
+    30072167: "T15: when a child leaves a branch, the other branches that meet at its join may have waited for that",
+    30557082: "T2: who lends all that was ready on it has no place in the queue any more",
+    13: "C9: in the queue while an item of its loop came, it is counted as queued and not as running",
+    230: "C9: while all that runs of it waits for a thread, it is counted there",
+    598: "T3: who thaws a kept context drops it in the name of the task that kept it",
+    6899: "E4: a context has not waited in the queue as long as a loop of it had run",
+    30066533: "E8: what a return thaws is settled with the rest of it, not in the middle",
     138646: "C10: a join that was completed by a handing back is not called when its delay has passed",
 }
 
