@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 
 from obsdag.errors import ContextError
 
@@ -28,15 +28,7 @@ if TYPE_CHECKING:
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime, _Token
 
-__all__ = [
-    "Context",
-    "ErrorInfo",
-    "LoopContext",
-    "OutputContext",
-    "RateLimitContext",
-    "StopContext",
-    "TaskSet",
-]
+__all__ = ["Context", "ErrorInfo", "LoopContext", "OutputContext", "RateLimitContext", "StopContext", "TaskSet"]
 
 _numbers = itertools.count(1)
 _prefix = secrets.token_hex(4)
@@ -128,6 +120,7 @@ class Context(_Mapping):
     _lane: int
     _entry: Any  # the journal's own record of this context, set only where there is a journal
     _idempotency: str  # set when it is first asked for
+    _keys_asked_early: ClassVar[bool] = False  # of any context before a journal knew it: a journal looks at all then
     _ledger: list[float] | None
     _records: list[Execution] | None  # a root's executions, where an observer needs them
     _waits: list[float] | None  # seconds per state since the last start, where an observer needs them
@@ -346,6 +339,8 @@ class Context(_Mapping):
             with _lock_maker:
                 if not hasattr(self, "_idempotency"):
                     entry = getattr(self, "_entry", None)
+                    if entry is None:
+                        Context._keys_asked_early = True
                     self._idempotency = secrets.token_hex(12) if entry is None else entry.idempotency_key
         return self._idempotency
 

@@ -27,8 +27,9 @@ class Entry(msgspec.Struct, eq=False, gc=False):
 
     token: of the session that gave out its key. data: encoded when one of its executions finished last. crashes,
     started, suspect: see `Body`; a suspect was recovered and has made no progress since. caller: of a submission, see
-    `Body`. over: its outcome is written down. problem: why its data has no form. A struct, since one is made per
-    context and C makes it seven times as fast; without cycles, so that the collector need not look at it.
+    `Body`. over: its outcome is written down. problem: why its data has no form. own_key: its idempotency key, if that
+    was asked for before. A struct, since one is made per context and C makes it seven times as fast; without cycles, so
+    that the collector need not look at it.
     """
 
     token: str
@@ -45,6 +46,7 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     started: bool = False
     suspect: bool = False
     over: bool = False
+    own_key: str | None = None
 
     @property
     def idempotency_key(self) -> str:
@@ -75,11 +77,8 @@ def row_of(context: Context, plan: int, at_source: int | bytes, epoch: float, no
 
 def _body(context: Context, entry: Entry, at_source: int | bytes, rare: Rare | None) -> Body:
     done = at_source if context._run is None else pack_mask(context._done)
-    key = getattr(context, "_idempotency", None)
-    if key is not None and key == entry.idempotency_key:
-        key = None
-    entered, due, caller = entry.entered, entry.due, entry.caller
-    return Body(entry.kind, entered, done, rare, entry.failed, key, entry.crashes, entry.started, due, caller)
+    entered, crashes, due, caller = entry.entered, entry.crashes, entry.due, entry.caller
+    return Body(entry.kind, entered, done, rare, entry.failed, entry.own_key, crashes, entry.started, due, caller)
 
 
 def _rare(context: Context, more: More | None, epoch: float) -> Rare:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from obsdag.context import OutputContext
+from obsdag.context import Context, OutputContext
 from obsdag.core.observer import Facts, Observer
 from obsdag.core.restoring import Saved, restore
 from obsdag.errors import EncodingError, JournalError
@@ -29,7 +29,6 @@ from obsdag.journal.entries import Entry, describe_plan, failed_of, row_of
 from obsdag.journal.store import Store
 
 if TYPE_CHECKING:
-    from obsdag.context import Context
     from obsdag.core.records import Execution, Failure, Stall
     from obsdag.journal.journal import SQLiteJournal
     from obsdag.journal.recover import Recovery
@@ -75,7 +74,7 @@ class Recorder(Observer):
         self._idle: asyncio.Future[None] | None = None
         self._trials: deque[list[Saved]] = deque()
         self._tried: list[Context] = []
-        self._suspended = self._slowed = False
+        self._suspended = self._slowed = self._restoring = False
         self._began = self._pruned = time.monotonic()
 
     # --- life
@@ -108,7 +107,7 @@ class Recorder(Observer):
             tree = saved.context._entry.tree
             trials.setdefault(tree, []).append(saved) if tree in recovery.suspects else calm.append(saved)
         self._trials.extend(trials.values())
-        restore(shell.run, calm, now)
+        self._restore(shell, calm, now)
         for context in recovery.culprits:
             times = context._entry.crashes
             error = JournalError(f"context {context.id!r} was running {times} times in a row when the process died")
@@ -123,6 +122,13 @@ class Recorder(Observer):
             facts.journal_recovered(contexts, replayed, len(recovery.culprits), took_s)
         self._next_trial()
 
+    def _restore(self, shell: RunShell, saved: list[Saved], now: float) -> None:
+        self._restoring = True
+        try:
+            restore(shell.run, saved, now)
+        finally:
+            self._restoring = False
+
     def _next_trial(self) -> None:
         """Trees of which one was running when the process died, repeatedly, go on alone: the innocent are cleared."""
         shell = self._shell
@@ -130,7 +136,7 @@ class Recorder(Observer):
             now = shell.clock()
             saved = self._trials.popleft()
             self._tried = [each.context for each in saved if each.context._outcome is None]
-            restore(shell.run, saved, now)
+            self._restore(shell, saved, now)
             shell.run.dirty = True
             self._loop.call_soon(shell.pump)
 
@@ -277,8 +283,10 @@ class Recorder(Observer):
 
     def context_entered(self, context: Context, kind: str, maker: Execution | None, now: float) -> None:
         """A context is in the run: a new one gets its key."""
-        if self._suspended or hasattr(context, "_entry"):
+        if self._suspended:
             return
+        if (context._scope is not None or self._restoring) and hasattr(context, "_entry"):
+            return  # a submission, or one of an earlier process; asking each context takes 0.4 us
         self._take_data(context, self._enter(context, kind, maker, now))
         self._touch(context)
 
@@ -337,6 +345,8 @@ class Recorder(Observer):
             tree = above.tree
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
         context._entry = entry = Entry(self._token, key, tree, kind, now + epoch)
+        if Context._keys_asked_early:
+            entry.own_key = getattr(context, "_idempotency", None)
         self.keys.add(key)
         return entry
 
@@ -361,9 +371,9 @@ class Recorder(Observer):
         The writer has always one to go on with, and what changes meanwhile is one row in the end.
         """
         self._coming = False  # before the news are read: what the writer adds after that wakes the loop
-        while self._news:
-            self._on_committed(*self._news.popleft())
         try:
+            while self._news:
+                self._on_committed(*self._news.popleft())
             if len(self._units) < _UNDER_WAY or len(self._touched) >= _MANY:
                 self.flush()
         except Exception as error:  # a bug of obsdag's must not pass for durability

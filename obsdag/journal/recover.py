@@ -240,7 +240,7 @@ class _Builder:
         entry.data, entry.failed, entry.crashes = row.data, body.failed, body.crashes
         entry.due, entry.caller = body.due, body.caller
         if body.key is not None:
-            context._idempotency = body.key
+            context._idempotency = entry.own_key = body.key
         if row.outcome is not None:
             self._end(context, row, body)
         saved = self._saved(context, row, body, counts)

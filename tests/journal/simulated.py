@@ -185,7 +185,7 @@ class Life:
     def _take_up(self, plan: Any) -> None:
         player = self.player
         _pass_over(player)
-        found = load(self.store, plan, self.journal.codec, None, Theirs((), self.journal.next_key), 5)
+        found = load(self.store, plan, self.journal.codec, None, {}, Theirs((), self.journal.next_key), 5)
         self.recorder.take_up(found, player.now)
         player._pump()
 
