@@ -27,3 +27,13 @@ def raise_if_told(context: Any) -> Any:
     if context["bad"]:
         raise ValueError("told so")
     return context
+
+
+class Outside(BaseException):
+    """What no `except Exception` catches."""
+
+
+def raise_outside_if_told(context: Any) -> Any:
+    if context["bad"]:
+        raise Outside
+    return context

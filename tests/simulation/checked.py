@@ -199,9 +199,12 @@ class Checked(Simulation):
         if run.living != len(model.nodes) - len(ends):
             raise ModelError(f"after {what}: {run.living} live, by the rules {len(model.nodes) - len(ends)}")
         self._compare_permits(model, what)
-        at_joins = sum(n.arrived is not None for n in living)
-        if run.at_joins != at_joins:
-            raise ModelError(f"after {what}: {run.at_joins} are counted at joins, by the rules {at_joins}")
+        waiting = [n for n in living if n.arrived is not None]
+        pending = [join for _, join in {(n.branch, n.arrived) for n in waiting}]
+        if run.at_joins != len(waiting) or sum(run.joins_pending) != len(pending):
+            raise ModelError(f"after {what}: {run.at_joins} wait at {run.joins_pending} joins, by the rules {waiting}")
+        if any(run.joins_pending[join] != pending.count(join) for join in pending):
+            raise ModelError(f"after {what}: {run.joins_pending} joins are pending, by the rules {pending}")
         if self.book is not None:
             if run.facts.failures:
                 raise ModelError(f"after {what}: an observer raised")

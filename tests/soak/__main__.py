@@ -1,7 +1,8 @@
 """Endurance: `python -m tests.soak --minutes N` runs mixed load and watches what the process holds.
 
 It prints a table, one line each tenth of the time: memory, descriptors, threads, processes, asyncio tasks, contexts.
-Exits with 1 if memory grows by more than the bound after warm-up, or if anything is left behind at the end.
+Memory is told twice: what is allocated, and what is resident (tests/soak/memory.py tells the difference). Exits with 1
+if what is allocated grows by more than the bound after warm-up, the first third, or if anything is left behind.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from tests.leaks import Snapshot
 from tests.soak.load import Load
+from tests.soak.memory import allocated_bytes, resident_bytes
 
-PAGE_BYTES = 4096
 BOUND_MB_PER_HOUR = 1.0
 
 
@@ -28,6 +29,7 @@ class Sample:
     """What the process holds at one moment; memory in MiB, `at` in seconds since the start."""
 
     at: float
+    live: float
     rss: float
     files: int
     threads: int
@@ -37,28 +39,28 @@ class Sample:
 
 
 def _sample(started: float, load: Load) -> Sample:
-    gc.collect()
-    rss = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES / 2**20
+    rss = resident_bytes() / 2**20
+    live = (allocated_bytes() or resident_bytes()) / 2**20
     files = len(list(Path("/proc/self/fd").iterdir()))
     tasks = len(asyncio.all_tasks()) - 1
     objects = len(gc.get_objects())
-    return Sample(time.monotonic() - started, rss, files, threading.active_count(), tasks, objects, load.contexts)
+    return Sample(time.monotonic() - started, live, rss, files, threading.active_count(), tasks, objects, load.contexts)
 
 
-def _slope(samples: list[Sample]) -> float:
-    """MiB per hour, by least squares."""
+def _slope(samples: list[Sample], column: str) -> float:
+    """MiB per hour of a column, by least squares."""
     if len(samples) < 3:
         return 0.0
     mean_t = sum(s.at for s in samples) / len(samples)
-    mean_m = sum(s.rss for s in samples) / len(samples)
+    mean_m = sum(getattr(s, column) for s in samples) / len(samples)
     spread = sum((s.at - mean_t) ** 2 for s in samples)
-    return 3600 * sum((s.at - mean_t) * (s.rss - mean_m) for s in samples) / spread
+    return 3600 * sum((s.at - mean_t) * (getattr(s, column) - mean_m) for s in samples) / spread
 
 
 def _show(sample: Sample) -> None:
     print(
-        f"{sample.at / 60:8.1f} {sample.rss:9.2f} {sample.files:6d} {sample.threads:8d} {sample.tasks:6d} "
-        f"{sample.objects:9d} {sample.contexts:10d}",
+        f"{sample.at / 60:8.1f} {sample.live:9.3f} {sample.rss:9.2f} {sample.files:6d} {sample.threads:8d} "
+        f"{sample.tasks:6d} {sample.objects:9d} {sample.contexts:10d}",
         flush=True,
     )
 
@@ -68,7 +70,7 @@ async def _soak(minutes: float, seed: int) -> tuple[list[Sample], Load]:
     samples: list[Sample] = []
     every = max(1.0, minutes * 60 / 60)
     shown = 0.0
-    print(" minutes   RSS MiB  files  threads  tasks   objects   contexts")
+    print(" minutes allocated  RSS MiB  files  threads  tasks   objects   contexts")
     while (now := time.monotonic() - started) < minutes * 60:
         await load.round()
         if now >= len(samples) * every:
@@ -93,10 +95,12 @@ def main() -> int:
     before = Snapshot.take()
     samples, load = asyncio.run(_soak(arguments.minutes, arguments.seed))
     after_warm_up = [sample for sample in samples if sample.at >= samples[-1].at / 3]
-    slope = _slope(after_warm_up)
+    slope, resident = _slope(after_warm_up, "live"), _slope(after_warm_up, "rss")
     left = before.leftovers(set())
     print(f"{load.runs} runs, {load.contexts} contexts: {load.outcomes}")
-    print(f"growth after warm-up: {slope:.2f} MiB/h; left behind: {left or 'nothing'}")
+    print(
+        f"growth after warm-up: {slope:.2f} MiB/h allocated, {resident:.2f} resident; left behind: {left or 'nothing'}"
+    )
     steady = arguments.minutes < 10 or slope <= arguments.bound  # in a few minutes the slope means nothing
     return 0 if steady and not left else 1
 
