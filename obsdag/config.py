@@ -199,6 +199,10 @@ class ExecutorConfig:
         default=None,
         metadata=_setting(Setting("object", "the `SQLiteJournal` that accepted work survives a crash in", none="none")),
     )
+    ray: Any | None = field(
+        default=None,
+        metadata=_setting(Setting("object", 'the `RayCluster` that tasks with `runner="ray"` run on', none="none")),
+    )
     debug: bool = field(default=False, metadata=_switch("check the engine's own invariants after every transition"))
     failures_kept: int = field(
         default=1_000, metadata=_whole("failures that a stream or a serving period keeps: the newest")

@@ -12,6 +12,7 @@ from obsdag.layout import Layout, lay_out
 from obsdag.plan import topological_order
 from obsdag.tasks.base import Task
 from obsdag.tasks.join import JoinTask
+from obsdag.tasks.remote import RemoteTask
 from obsdag.tasks.router import RouterTask
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def to_dict(dag: DAG, internal: bool = False) -> dict[str, Any]:
         node: dict[str, Any] = {"id": task.id, "kind": task.kind, "config": _without_addresses(task.config.to_dict())}
         if isinstance(task, RouterTask) and task.targets is not None:
             node["targets"] = list(task.targets)
+        if isinstance(task, RemoteTask) and task.resources:
+            node["resources"] = dict(task.resources)
         if isinstance(task, JoinTask):
             node["on_child_failure"] = task.on_child_failure
         nodes.append(node)

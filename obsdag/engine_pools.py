@@ -18,18 +18,22 @@ __all__ = ["Pools"]
 
 
 class Pools:
-    """`thread` and `process` are None until first used. What the pools tell goes to the observers of the open runs."""
+    """`thread`, `process` and `remote` (a Ray cluster) are None until first used.
+
+    What the pools tell goes to the observers of the open runs.
+    """
 
     def __init__(self, config: ExecutorConfig) -> None:
         self._config = config
         self.thread: ThreadPool | None = None
         self.process: ProcessPool | None = None
+        self.remote: Any = None
         self.listeners: list[Facts] = []
 
     @property
     def used(self) -> bool:
         """Whether there is a pool to close."""
-        return self.thread is not None or self.process is not None
+        return self.thread is not None or self.process is not None or self.remote is not None
 
     def threads(self) -> ThreadPool:
         """The thread pool."""
@@ -52,15 +56,25 @@ class Pools:
             self.process = ProcessPool(size, events=self)
         return self.process
 
+    def remotes(self, task: str) -> Any:
+        """The jobs on the Ray cluster. Raises ConfigError, naming the task that wants it, if there is none."""
+        cluster: Any = self._config.ray
+        if not callable(getattr(cluster, "open_jobs", None)):
+            raise ConfigError(f"task {task!r} runs on a Ray cluster: set ExecutorConfig.ray to a RayCluster(...)")
+        if self.remote is None:
+            self.remote = cluster.open_jobs()
+        return self.remote
+
     def call_executor(self) -> FuturesExecutor | None:
         """The process pool as tasks see it in their Environment (seed), None if there is to be none."""
         return self.processes("").executor if self._config.process_pool_worker_num else None
 
     async def close(self, grace: float) -> list[str]:
-        """Closes both pools; returns what had to be left behind, in words."""
+        """Closes all pools; returns what had to be left behind, in words."""
         thread, self.thread = self.thread, None
         process, self.process = self.process, None
-        closings = [pool.close(grace) for pool in (process, thread) if pool is not None]
+        remote, self.remote = self.remote, None
+        closings = [pool.close(grace) for pool in (remote, process, thread) if pool is not None]
         return [left for found in await asyncio.gather(*closings) for left in found]
 
     # --- PoolEvents

@@ -129,6 +129,8 @@ class Executor:
         for task in self.plan.tasks:
             if task.runs_on == "process" and not self.config.process_pool_worker_num:
                 self._pools.processes(task.id)
+            if task.runs_on == "remote" and not callable(getattr(self.config.ray, "open_jobs", None)):
+                self._pools.remotes(task.id)
 
     # --- running
 

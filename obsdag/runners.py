@@ -122,7 +122,7 @@ class Runners:
                 return MapRunner(self, task).run
             case "service":
                 return self._closed_at_end(ServiceRunner(self, task))
-            case _ if task.runs_on == "process":
+            case _ if task.runs_on in ("process", "remote"):
                 return partial(self._process, task)
         return partial(self._function, task)
 
@@ -251,13 +251,17 @@ class Runners:
 
     async def _process(self, task: Task, execution: Execution) -> Finished:
         from obsdag.tasks.process import ProcessTask, apply_outcome, decode_outcome, encode_job
+        from obsdag.tasks.remote import RemoteTask
 
         assert isinstance(task, ProcessTask)
         context = execution.context
         if execution.grant is not None and execution.grant.resources:
             await self._resources(execution)
         payload = encode_job(task, context.id, context.name, context._data, execution.attempt, self._carrier(execution))
-        job = self.shell.pools.processes(task.id).submit(payload, f"task {task.id!r}")
+        if isinstance(task, RemoteTask):
+            job = self.shell.pools.remotes(task.id).submit(payload, f"task {task.id!r}", task.resources)
+        else:
+            job = self.shell.pools.processes(task.id).submit(payload, f"task {task.id!r}")
         data = await self.job_done(execution, job)
         outcome = decode_outcome(data)
         if outcome.extras:

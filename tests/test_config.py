@@ -235,7 +235,7 @@ def test_describe_gives_every_field_and_its_values_are_valid() -> None:
     deadline = next(row for row in rows if row.name == "deadline")
     assert deadline[1:3] == ("None", "a number of seconds > 0, or None (no deadline)")
     assert deadline.variable == "OBSDAG_DEADLINE"
-    assert [row.name for row in rows if not row.variable] == ["telemetry", "observers", "journal"]
+    assert [row.name for row in rows if not row.variable] == ["telemetry", "observers", "journal", "ray"]
 
 
 def test_settings_table_has_a_line_for_each_field() -> None:

@@ -67,7 +67,7 @@ class Cluster:
 
     def acquire(self) -> None:
         """Connects, for the first user. It blocks: starting a cluster takes some 4 s. Raises ConfigError."""
-        if not self._users and not (self.address is None and ray.is_initialized()):
+        if not self._users and not self._is_connected():
             self._connect()
         try:
             if not self._users and not (self._own and self.address in (None, "local")):
@@ -76,6 +76,12 @@ class Cluster:
             self._disconnect()
             raise
         self._users += 1
+
+    def _is_connected(self) -> bool:
+        """Whether this process's connection to Ray, if there is one, is to the cluster that is meant."""
+        if not ray.is_initialized():
+            return False
+        return self.address is None or self.address == ray.get_runtime_context().gcs_address
 
     def release(self) -> None:
         """Disconnects, for the last user, what `acquire` connected."""
@@ -142,8 +148,10 @@ class _ShardActor:
 
     async def _opened(self) -> ShardEngine:
         PROCESS["shard"] = self._name
+        from obsdag.ray.jobs import RayCluster  # which is made of this module's `Cluster`
+
         settings = Settings.unpack(self._carried[1])
-        config = settings.config
+        config = settings.config.replace(ray=RayCluster(insecure=True))  # for tasks of runner="ray": where it is itself
         if settings.telemetry is not None:
             self._telemetry = settings.telemetry(self._name)
             config = config.replace(telemetry=self._telemetry)

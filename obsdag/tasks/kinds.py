@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from obsdag.errors import ConfigError
-from obsdag.tasks import function, join, loop, map, process, router, service, stream
+from obsdag.tasks import function, join, loop, map, process, remote, router, service, stream
 from obsdag.tasks.base import Task, TaskConfig
 from obsdag.tasks.signature import call_kind
 
@@ -24,6 +24,7 @@ _CLASSES: dict[str, tuple[type[Task], type[Task]]] = {
     "sync": (function.SyncFunctionTask, function.SyncFunctionTask),
     "foreground": (function.ForegroundSyncFunctionTask, function.ForegroundSyncFunctionTask),
     "process": (process.ProcessTask, process.ProcessTask),
+    "ray": (remote.RemoteTask, remote.RemoteTask),
     "router": (router.SyncRouterTask, router.AsyncRouterTask),
     "foreground_router": (router.ForegroundSyncRouterTask, router.ForegroundSyncRouterTask),
     "stream": (stream.SyncStreamTask, stream.AsyncStreamTask),
@@ -72,11 +73,12 @@ def make_task(
 ) -> Task:
     """A task of `func`; `settings` are TaskConfig fields (they win over `config`) and options of the kind, by name.
 
-    Raises ConfigError for a setting that is neither, or out of range, and for an unknown kind.
+    Also `runner`, which is "ray" or None. Raises ConfigError for a setting that is neither, or out of range, and for an
+    unknown kind or runner.
     """
-    chosen = task_class(func, kind)
+    settings = dict(settings or {})
+    chosen = task_class(func, _kind_on(settings.pop("runner", None), kind, settings))
     known = option_names(chosen)
-    settings = settings or {}
     for setting in settings:
         if setting not in _CONFIG_FIELDS and setting not in known:
             hint = did_you_mean(setting, [*_CONFIG_FIELDS, *known])
@@ -87,6 +89,25 @@ def make_task(
     if fields:
         config = dataclasses.replace(config or TaskConfig(), **fields)
     return chosen(func, config, name, **options)
+
+
+def _kind_on(runner: Any, kind: str | type[Task] | None, settings: Mapping[str, Any]) -> str | type[Task] | None:
+    """The kind of a task, given where it is to run: `runner="ray"` says the same as `kind="ray"`."""
+    if runner is None:
+        if "resources" in settings and kind != "ray" and not _takes_resources(kind):
+            raise ConfigError('resources are those of a machine of a Ray cluster: say runner="ray", too')
+        return kind
+    if runner != "ray":
+        raise ConfigError(
+            f'there is no runner {runner!r}; there is "ray" (threads and worker processes are kinds of task)'
+        )
+    if kind not in (None, "ray", "sync", "process"):
+        raise ConfigError(f'runner="ray" is for plain functions, not for tasks of kind {kind!r}')
+    return "ray"
+
+
+def _takes_resources(kind: str | type[Task] | None) -> bool:
+    return isinstance(kind, type) and "resources" in option_names(kind)
 
 
 def option_names(chosen: type[Task]) -> list[str]:

@@ -69,8 +69,18 @@ class ProcessTask(FunctionTask):
             yield "its function takes a second parameter, but the Environment cannot cross to a worker process"
         if self.signature.needs_resource:
             yield "its function needs the parameter 'resource', but a pooled resource cannot cross to a worker process"
+        yield from self.unreachable()
+
+    @property
+    def reference(self) -> tuple[str, str] | bytes:
+        """How a worker process finds the function. Raises EncodingError."""
+        assert self.func is not None
+        return _refer_to(self.func)
+
+    def unreachable(self) -> Iterable[str]:
+        """Why the function cannot be had where it is to run."""
         try:
-            _refer_to(self.func)
+            _ = self.reference
         except EncodingError as error:
             yield str(error)
 
@@ -197,10 +207,9 @@ def encode_job(
 
     Raises EncodingError that names the key and the type of the first value that cannot be pickled (T11).
     """
-    assert task.func is not None
     items = list(dict(data).items())  # a snapshot: other branches may go on changing it
     try:
-        reference = _refer_to(task.func)
+        reference = task.reference
     except EncodingError as error:
         raise EncodingError(f"task {task.id!r}: {error}") from error
     packer = Packer()

@@ -12,6 +12,7 @@ from typing import Any
 from opentelemetry.baggage import get_baggage
 
 from obsdag import DAG, Context
+from tests.shards.heavy import double
 
 mixed = DAG("mixed")
 """Outputs, failures, drops, children, a map with its join: every outcome but cancelled."""
@@ -141,4 +142,14 @@ async def check(context: Context) -> Context:
         await asyncio.sleep(3600)
     if context["x"] == 9:
         raise ValueError("bad")
+    return context
+
+
+far = DAG("far")
+far.task(double, runner="ray", resources={"num_cpus": 1})
+
+
+@far.task(after="double")
+async def here(context: Context) -> Context:
+    context["shard_pid"] = os.getpid()
     return context
