@@ -120,6 +120,13 @@ class Cluster:
         with contextlib.suppress(Exception):  # it is gone, or was never there
             ray.kill(actor)
 
+    def places(self, options: Mapping[str, Any]) -> int:
+        """How many shards started with these options the cluster's machines have room for, if nobody else uses them."""
+        needs = {"CPU": options.get("num_cpus") or 1, "GPU": options.get("num_gpus"), **options.get("resources", {})}
+        wanted = {name: amount for name, amount in needs.items() if amount}
+        living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return sum(min(int(has.get(name, 0) / amount) for name, amount in wanted.items()) for has in living)
+
     def shortage(self) -> str:
         """What the cluster has, in words, for a shard that finds no place on it."""
         return (

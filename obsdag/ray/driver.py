@@ -106,6 +106,9 @@ class Driver:
     def begin(self) -> None:
         """Starts the run on all shards of the fleet."""
         self._await_a_shard()
+        if self._fleet.span is not None:
+            self._fleet.fit(self._fleet.places())
+            self._spawn(self._fleet.follow(self.resize))
         for member in self._fleet.take():
             self._take_in(member)
         if self._feeding is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from obsdag.config import ExecutorConfig
 from obsdag.context import OutputContext
@@ -80,9 +81,11 @@ class RayExecutor:
 
     config: as for `Executor`; `max_live_contexts`, workers, pools and limits count for each shard, `deadline`,
     `on_failure`, `failures_kept` and `observers` (of failures, stalls and clean-up) for the run on the driver.
-    shards: their number. address: None takes this process's connection to Ray, or starts a cluster on this machine for
-    as long as it is needed; "local" always does; "auto" or "host:port" joins one. insecure: takes an address that
-    others can reach although it asks for no token. shard_options: for each actor, as Ray's `.options(...)` takes them.
+    shards: their number; or the least and the most of them, or "auto", to have as many as the machines of the cluster
+    have room for, while machines come and go (its autoscaler's, say). address: None takes this process's connection to
+    Ray, or starts a cluster on this machine for as long as it is needed; "local" always does; "auto" or "host:port"
+    joins one. insecure: takes an address that others can reach although it asks for no token. shard_options: for each
+    actor, as Ray's `.options(...)` takes them.
     allow_pickle: data that has no form of its own crosses pickled. Telemetry.off() silences the shards, which else log
     warnings and errors to their standard error.
 
@@ -100,7 +103,7 @@ class RayExecutor:
         dag: DAG,
         config: ExecutorConfig | None = None,
         *,
-        shards: int = 2,
+        shards: int | tuple[int, int] | Literal["auto"] = 2,
         address: str | None = None,
         insecure: bool = False,
         shard_options: Mapping[str, Any] | None = None,
@@ -113,7 +116,7 @@ class RayExecutor:
         self.plan = dag.build()
         self.config = config if config is not None else ExecutorConfig()
         self.codec = Codec(allow_pickle)
-        _check_shards(shards)
+        least, span = _read_shards(shards)
         if self.config.journal is not None or not (self.config.telemetry is None or is_off(self.config)):
             raise ConfigError(
                 "RayExecutor has no journal yet, and a telemetry for each shard: RayExecutor(..., telemetry=make), "
@@ -122,9 +125,10 @@ class RayExecutor:
         if file_sd is not None and ops is None:
             raise ConfigError("file_sd lists the shards' ops servers: give ops={} to have them, on free ports")
         options = dict(shard_options or {})
-        cluster = Cluster(address, insecure, shards * float(options.get("num_cpus") or 1))
+        cluster = Cluster(address, insecure, least * float(options.get("num_cpus") or 1))
         settings = Settings(self.config, allow_pickle, telemetry, None if ops is None else dict(ops)).pack()
-        self._fleet = Fleet(cluster, carry_dag(dag), settings, shards, options, file_sd)
+        self._fleet = Fleet(cluster, carry_dag(dag), settings, least, options, file_sd)
+        self._fleet.span = span
         self._drivers: list[Driver] = []
         self._shells: list[Any] = []  # no run of its own has a shell here
         self._totals: Counter[str] = Counter()
@@ -270,14 +274,17 @@ class RayExecutor:
             "shards": [shard for driver in drivers for shard in driver.shards_seen()],
         }
 
-    def scale(self, shards: int) -> None:
+    def scale(self, shards: int | tuple[int, int] | Literal["auto"]) -> None:
         """From now on there are to be `shards` of them, in runs that go on, too; on the event loop of these.
+
+        To follow the cluster's size, runs have to begin with that; one that goes on can be given another span.
 
         New ones start as soon as the cluster has room, which its autoscaler may make; those that go first answer what
         they have. Raises ConfigError.
         """
-        _check_shards(shards)
-        self._fleet.shards = shards
+        self._fleet.shards, self._fleet.span = _read_shards(shards)
+        if self._drivers:
+            self._fleet.fit(self._fleet.places())
         for driver in self._drivers:
             driver.resize()
 
@@ -292,6 +299,15 @@ class RayExecutor:
         await see_through(self._fleet.leave(self.config.shutdown_grace))
 
 
-def _check_shards(shards: Any) -> None:
-    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-        raise ConfigError(f"shards must be a whole number >= 1, not {shards!r}")
+def _read_shards(shards: Any) -> tuple[int, tuple[int, float] | None]:
+    """The number of shards, and the span of it where it is to follow the cluster. Raises ConfigError."""
+    if shards == "auto":
+        return 1, (1, math.inf)
+    several = shards if isinstance(shards, tuple) and len(shards) == 2 else (shards,)
+    if any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in several):
+        raise ConfigError(
+            f'shards must be a whole number >= 1, the least and the most as a tuple of two, or "auto", not {shards!r}'
+        )
+    if len(several) == 2 and several[0] > several[1]:
+        raise ConfigError(f"shards: the least must not be above the most, as in {shards!r}")
+    return several[0], several if len(several) == 2 else None

@@ -6,13 +6,17 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from obsdag.ray.cluster import Cluster, ShardDied, ShardRaised
 
 __all__ = ["Fleet", "Member"]
+
+
+FOLLOW_S = 2.0
+"""Time between two looks at the size of a cluster that shards are to follow."""
 
 
 class Member(NamedTuple):
@@ -23,7 +27,8 @@ class Member(NamedTuple):
 
 
 class Fleet:
-    """The shards of one executor. shards: how many a run has. options: of Ray, for each actor.
+    """The shards of one executor. shards: how many a run has. options: of Ray, for each actor. span: between which two
+    numbers it is as many as the cluster has room for; None for a fixed number.
 
     targets: where `/metrics` of each living shard is, by its name. file_sd: a file that has them, for Prometheus.
 
@@ -40,6 +45,7 @@ class Fleet:
         file_sd: str | os.PathLike[str] | None = None,
     ) -> None:
         self.shards = shards
+        self.span: tuple[int, float] | None = None
         self.targets: dict[str, str] = {}
         self._file_sd = None if file_sd is None else Path(file_sd)
         self._cluster = cluster
@@ -79,6 +85,24 @@ class Fleet:
                     await member.actor.close.remote()
         finally:
             self.drop(member)
+
+    def fit(self, places: int) -> None:
+        """The cluster has room for so many shards: from now on there are to be as many, within the span."""
+        if self.span is not None:
+            self.shards = int(max(self.span[0], min(places, self.span[1])))
+
+    def places(self) -> int:
+        """How many shards the cluster has room for; asks it, which takes milliseconds."""
+        return self._cluster.places(self._options)
+
+    async def follow(self, changed: Callable[[], None]) -> None:
+        """Looks now and then how large the cluster is, as long as a run goes on; `changed` lets it grow or shrink."""
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            before = self.shards
+            self.fit(await asyncio.to_thread(self.places))
+            if self.shards != before:
+                changed()
 
     def take(self) -> list[Member]:
         """The shards for a run: idle ones, and new ones."""

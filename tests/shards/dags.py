@@ -12,7 +12,7 @@ from typing import Any
 from opentelemetry.baggage import get_baggage
 
 from obsdag import DAG, Context
-from tests.shards.heavy import double
+from tests.shards.heavy import double, raise_two
 
 mixed = DAG("mixed")
 """Outputs, failures, drops, children, a map with its join: every outcome but cancelled."""
@@ -153,3 +153,11 @@ far.task(double, runner="ray", resources={"num_cpus": 1})
 async def here(context: Context) -> Context:
     context["shard_pid"] = os.getpid()
     return context
+
+
+quoted = DAG('the "quoted" dag')
+
+
+@quoted.task(name='it\'s a "task"')
+def raise_for_two(context: Context) -> Context:
+    return context if context["x"] == 1 else raise_two(context)

@@ -17,8 +17,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from obsdag import Context, DeadlineExceeded, Executor, ExecutorConfig, OutputContext, RunFailed, Telemetry
-from obsdag.errors import PoolError
+from obsdag.errors import PoolError, RemoteError
 from tests.shards import dags
+from tests.shards.conftest import SMALL
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'obsdag[ray]'")
 from obsdag.ray import RayExecutor
@@ -249,3 +250,62 @@ async def test_the_sum_of_the_shards_counters_is_the_drivers(nodes: Any, tmp_pat
 
     assert json.loads(targets.read_text()) == []
     assert not shards.targets
+
+
+async def test_shards_follow_the_machines_of_the_cluster(nodes: Any) -> None:
+    place = {"resources": {"shard": 2}, "num_cpus": 1}  # all that a machine has: one shard on each
+    shards = RayExecutor(dags.slow, PARALLEL, shards=(1, 3), shard_options=place)
+    found: list[OutputContext] = []
+    seen: list[int] = []
+    third: Any = None
+    removed = False
+    async with shards.stream({"x": number} for number in count()) as outputs:
+        async for output in outputs:
+            found.append(output)
+            if not seen or shards.shards != seen[-1]:
+                seen.append(shards.shards)
+            running = sum(each["phase"] == "running" for each in shards.seen()["shards"])
+            if third is None and running == 2:
+                third = nodes.add_node(num_cpus=2, resources={"shard": 2}, **SMALL)
+            elif third is not None and not removed and running == 3:
+                removed = True
+                nodes.remove_node(third, allow_graceful=False)
+            elif removed and len(seen) == 3 and running == 2:
+                break
+
+    assert seen == [2, 3, 2]
+    numbers = [output["x"] for output in found]
+    assert len(set(numbers)) == len(numbers)
+
+
+# --- odd uses
+
+
+async def test_no_input_and_two_runs_at_once_and_a_cancelled_one(nodes: Any) -> None:
+    async with executor(dags.slow) as shards:
+        nothing = await shards.run([])
+        first, second = await asyncio.gather(shards.run(numbers(40)), shards.run(numbers(30)))
+        third = asyncio.create_task(shards.run({"x": number} for number in count()))
+        while shards.stats()["output"] < 80:
+            await asyncio.sleep(0.01)
+        third.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await third
+        again = await shards.run(numbers(20))
+
+    assert (list(nothing), nothing.counts["entered"]) == ([], 0)
+    _check(first, first.counts, 40)
+    _check(second, second.counts, 30)
+    _check(again, again.counts, 20)
+    assert shards.stats()["living"] == 0
+
+
+async def test_names_with_quotes_and_exceptions_of_two_arguments(nodes: Any) -> None:
+    name = 'a "quoted"\n\u2028 name\'s'
+    result = await executor(dags.quoted, shards=1).run([Context(None, {"x": 1}, name), Context(None, {"x": 2}, "b")])
+
+    assert [output.id for output in result] == [name]
+    (failure,) = result.failures
+    assert failure.task == 'it\'s a "task"'
+    assert isinstance(failure.exception, RemoteError)
+    assert "one and two" in str(failure.exception)

@@ -10,6 +10,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -123,8 +124,8 @@ def test_a_client_address_is_refused() -> None:
         RayExecutor(dag(), address="ray://10.1.2.3:10001")
 
 
-@pytest.mark.parametrize("shards", [0, -1, 1.5, True])
-def test_shards_are_a_number(shards: int) -> None:
+@pytest.mark.parametrize("shards", [0, -1, 1.5, True, "all", (1,), (0, 2), (3, 2), (1, "2")])
+def test_shards_are_a_number_or_a_span(shards: Any) -> None:
     with pytest.raises(ConfigError, match="shards"):
         RayExecutor(dag(), shards=shards)
 
