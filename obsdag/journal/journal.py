@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from obsdag.errors import ConfigError, JournalError
 from obsdag.journal.codec import Codec
-from obsdag.journal.store import Durability, Store
+from obsdag.journal.store import PRUNED_AT_ONCE, Durability, Store
 from obsdag.journal.writer import Writer
 
 if TYPE_CHECKING:
@@ -122,7 +122,11 @@ class SQLiteJournal:
         return writer
 
     def _prune(self, store: Store) -> None:
-        self.pruned += store.prune(time.time() - self.keep_s, self.keep)
+        """Deletes some of what is too old or too much, and asks for more of it behind what waits to be committed."""
+        count = store.prune(time.time() - self.keep_s, self.keep)
+        self.pruned += count
+        if count == PRUNED_AT_ONCE and self.writer is not None:
+            self.writer.call(self._prune)
 
     async def release(self) -> None:
         """Closes it when nobody else needs it open; what is pending is committed first."""

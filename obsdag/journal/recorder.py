@@ -18,6 +18,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.context import Context, OutputContext
@@ -26,7 +27,7 @@ from obsdag.core.restoring import Saved, restore
 from obsdag.errors import EncodingError, JournalError
 from obsdag.journal.codec import pack_mask
 from obsdag.journal.entries import Entry, describe_plan, failed_of, row_of
-from obsdag.journal.store import Store
+from obsdag.journal.store import PRUNED_AT_ONCE, Store
 
 if TYPE_CHECKING:
     from obsdag.core.records import Execution, Failure, Stall
@@ -39,6 +40,7 @@ __all__ = ["Recorder"]
 
 _ALIVE_S: Final = 60.0
 _PRUNE_S: Final = 300.0
+_LOOK_S: Final = 1.0
 _UNDER_WAY: Final = 2
 """Units at the writer's: one that it commits, and one that it goes on with."""
 
@@ -75,7 +77,10 @@ class Recorder(Observer):
         self._trials: deque[list[Saved]] = deque()
         self._tried: list[Context] = []
         self._suspended = self._slowed = self._restoring = False
-        self._began = self._pruned = time.monotonic()
+        self._over = 0  # contexts that ended since it was pruned
+        self._pruning: Future[None] = Future()
+        self._pruning.set_result(None)
+        self._began = self._pruned = self._looked = time.monotonic()
 
     # --- life
 
@@ -389,7 +394,9 @@ class Recorder(Observer):
         number, at_source = self._number, self._at_source
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
         rows = [row_of(context, number, at_source, epoch, now) for context in self._touched]
-        self.keys.difference_update([row[0] for row in rows if row[6] is not None])
+        over = [row[0] for row in rows if row[6] is not None]
+        self.keys.difference_update(over)
+        self._over += len(over)
         self._touched.clear()
         self._sent += 1
         self._units.append((self._writer.put(rows), self._sent))
@@ -414,9 +421,12 @@ class Recorder(Observer):
         now = time.monotonic()
         if self._writer.store.crashes and now - self._began > _ALIVE_S:
             self._writer.call(Store.end_crash_streak)
-        if now - self._pruned > _PRUNE_S:
-            self._pruned = now
-            self._writer.call(self.journal._prune)
+        if now - self._looked > _LOOK_S:
+            self._looked = now
+            self._writer.look()
+        if now - self._pruned > _PRUNE_S or (self._over >= PRUNED_AT_ONCE and self._pruning.done()):
+            self._pruned, self._over = now, 0
+            self._pruning = self._writer.call(self.journal._prune)
 
 
 def _nowhere(output: OutputContext) -> None:

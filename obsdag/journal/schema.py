@@ -44,6 +44,7 @@ _TABLES: Final = (
     "sum INTEGER NOT NULL)",
     "CREATE INDEX living ON contexts (key) WHERE outcome IS NULL",
     "CREATE INDEX ended ON contexts (ended) WHERE outcome IS NOT NULL",
+    "CREATE INDEX failed ON contexts (tree) WHERE outcome IN ('failed', 'stalled')",
 )
 
 

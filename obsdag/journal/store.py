@@ -32,14 +32,18 @@ from typing import Final, Literal
 from obsdag.errors import JournalError
 from obsdag.journal.schema import APPLICATION_ID, COLUMNS, MIGRATIONS, VERSION, Cells, Row, create, insert_rows, sealed
 
-__all__ = ["Durability", "Store"]
+__all__ = ["PRUNED_AT_ONCE", "Durability", "Store"]
 
 Durability = Literal["power", "process"]
 _SYNCHRONOUS: Final = {"power": ("FULL", 2), "process": ("NORMAL", 1)}
 _SIZES: Final = (*range(1, 17), *range(20, 65, 4), *range(72, 129, 8), *range(144, 257, 16), 384, 512, 768, 1024)
 """Rows per statement, so that not too many are prepared; the last row is written again until one of these is full."""
 
+PRUNED_AT_ONCE: Final = 1_024
+"""Rows per deletion: commits wait for it some milliseconds."""
+
 _SESSION_BITS: Final = 32
+_NO_KEY: Final = (1 << 63) - 1
 _TOKEN: Final = "token."
 _SURROGATES: Final = "surrogatepass"
 
@@ -218,6 +222,16 @@ class Store:
             )
         return lambda key: found.get(f"{_TOKEN}{key >> _SESSION_BITS}", self.id)
 
+    def check_file(self) -> None:
+        """Raises JournalError if the file is not where it was: what is committed would be in one that nobody finds."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            found = None
+        if self._claim is not None and (found is None or (found.st_dev, found.st_ino) != self._claim):
+            what = "removed or moved away" if found is None else "replaced"
+            raise JournalError(f"journal {self.path} was {what} while it was open: stop, and look for it with its -wal")
+
     def end_crash_streak(self) -> None:
         """The process lives long enough not to count as one that dies at once."""
         if self.crashes:
@@ -281,21 +295,27 @@ class Store:
             )
             return int(found.fetchone()[0])
 
-    def prune(self, ended_before: float, keep: int) -> int:
-        """Deletes ended trees: those that ended before (Unix seconds), and the oldest beyond `keep` ended contexts.
+    def prune(self, ended_before: float, keep: int, at_most: int = PRUNED_AT_ONCE) -> int:
+        """Deletes ended trees, the oldest first: those that ended before (Unix seconds), and those beyond `keep` ended
+        contexts.
 
-        Failed ones stay, and whatever belongs to a tree that lives. Returns the number of rows.
+        Failed ones stay, and whatever belongs to a tree that lives. Returns the number of rows; of `at_most` there may
+        be more.
         """
         with self._told("written"):
             nth = self.connection.execute(
-                "SELECT ended FROM contexts WHERE outcome IS NOT NULL ORDER BY ended DESC LIMIT 1 OFFSET ?", (keep,)
+                "SELECT ended, key FROM contexts WHERE outcome IS NOT NULL ORDER BY ended DESC, key DESC "
+                "LIMIT 1 OFFSET ?",
+                (keep,),
             ).fetchone()
-            limit = max(ended_before, nth[0] if nth is not None else ended_before)
+            last, key = max(nth or (ended_before, _NO_KEY), (ended_before, _NO_KEY))
             return self.connection.execute(
-                "DELETE FROM contexts WHERE outcome IS NOT NULL AND outcome NOT IN ('failed', 'stalled') "
-                "AND ended <= ? "
-                "AND tree NOT IN (SELECT tree FROM contexts WHERE outcome IS NULL OR outcome IN ('failed', 'stalled'))",
-                (limit,),
+                "DELETE FROM contexts WHERE key IN (SELECT key FROM contexts WHERE outcome IS NOT NULL "
+                "AND outcome NOT IN ('failed', 'stalled') AND ended <= ? AND (ended < ? OR key <= ?) "
+                "AND tree NOT IN (SELECT tree FROM contexts WHERE outcome IS NULL "
+                "UNION ALL SELECT tree FROM contexts WHERE outcome IN ('failed', 'stalled')) "
+                "ORDER BY ended, key LIMIT ?)",
+                (last, last, key, at_most),
             ).rowcount
 
     # --- reading

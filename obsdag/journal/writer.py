@@ -135,6 +135,11 @@ class Writer:
             self._work_off()
         return future
 
+    def look(self) -> None:
+        """Has it see whether the file is still there; if not, it has failed for good."""
+        if self.error is None:
+            self.call(self._look)
+
     def _queue_call(self, function: Callable[[Store], _T]) -> Future[_T]:
         future: Future[_T] = Future()
         with self._wake:
@@ -221,9 +226,7 @@ class Writer:
         error = self._try_commit(rows)
         if error is not None:
             error.rows, error.took_s = len(rows), time.monotonic() - began
-            self.error = error
-            for listener in list(self._listeners):
-                listener.failed(error)
+            self._fail(error)
             return
         took = time.monotonic() - began
         stats = self.stats
@@ -233,6 +236,17 @@ class Writer:
         stats.longest_s = max(stats.longest_s, took)
         for listener in list(self._listeners):
             listener.committed(last, len(rows), took)
+
+    def _fail(self, error: JournalError) -> None:
+        self.error = error
+        for listener in list(self._listeners):
+            listener.failed(error)
+
+    def _look(self, store: Store) -> None:
+        try:
+            store.check_file()
+        except JournalError as error:
+            self._fail(error)
 
     def _try_commit(self, rows: list[Cells]) -> JournalError | None:
         """Commits, again after a pause if it fails; what it failed of for good."""

@@ -241,6 +241,30 @@ def test_pruning_leaves_what_lives_and_what_failed(tmp_path: Path) -> None:
     store.close()
 
 
+def test_pruning_by_and_by_goes_by_the_end_and_then_by_the_key(tmp_path: Path) -> None:
+    """Rows of one commit ended at the same moment: no more of them go than are too many."""
+    store = open_store(tmp_path / "j.db")
+    store.commit([row(key, outcome="output", ended=5.0) for key in range(1, 101)])
+    assert store.prune(ended_before=0.0, keep=40, at_most=50) == 50
+    assert [each.key for each in store.rows()] == list(range(51, 101))
+    assert store.prune(ended_before=0.0, keep=40, at_most=50) == 10
+    assert store.prune(ended_before=0.0, keep=40) == 0
+    assert [each.key for each in store.rows()] == list(range(61, 101))
+    store.close()
+
+
+def test_pruning_a_full_file_reads_no_more_than_it_must(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "j.db")
+    plan = store.connection.execute(
+        "EXPLAIN QUERY PLAN SELECT tree FROM contexts WHERE outcome IS NULL "
+        "UNION ALL SELECT tree FROM contexts WHERE outcome IN ('failed', 'stalled')"
+    ).fetchall()
+    store.close()
+    told = " ".join(step[-1] for step in plan)
+    assert "INDEX living" in told
+    assert "INDEX failed" in told
+
+
 # --- the writer
 
 

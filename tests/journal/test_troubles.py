@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -176,6 +177,36 @@ async def test_a_submit_that_is_cancelled_while_its_commit_is_under_way(tmp_path
         with pytest.raises(asyncio.CancelledError):
             await submitting
     assert [(row.id, row.outcome) for row in outcomes(tmp_path / "j.db")] == [("a", "cancelled")]
+
+
+# --- the file
+
+
+@pytest.mark.parametrize("how", ["removed", "moved away", "replaced", "its folder is removed"])
+async def test_a_file_that_is_not_where_it_was_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "j.db"
+    monkeypatch.setattr("obsdag.journal.recorder._LOOK_S", 0.0)
+
+    async def trouble(ctx: Context) -> None:
+        if ctx["n"] == 3:
+            if how == "its folder is removed":
+                shutil.rmtree(folder)
+            elif how == "removed":
+                path.unlink()
+            else:
+                path.rename(folder / "elsewhere.db")
+                if how == "replaced":
+                    path.write_bytes(b"")
+        await asyncio.sleep(0)
+
+    with pytest.raises(JournalError, match="while it was open") as raised:
+        await executor(SQLiteJournal(path), single(work=trouble)).run({"n": n} for n in range(100_000))
+    assert "\n" not in str(raised.value)
+    assert ("replaced" if how == "replaced" else "removed or moved away") in str(raised.value)
 
 
 # --- keys
