@@ -52,6 +52,7 @@ class Fleet:
         self._carried = dag, config
         self._options = dict(options)
         self._idle: list[Member] = []
+        self._ready: set[str] = set()
         self._users = 0
         self._number = 0
 
@@ -73,7 +74,11 @@ class Fleet:
             return
         idle, self._idle = self._idle, []
         try:
-            await asyncio.gather(*(self.close(member, grace_s) for member in idle))
+            for member in idle:
+                if member.name not in self._ready:  # nothing to close in there, and maybe no place for it, ever
+                    self.drop(member)
+            ready = [member for member in idle if member.name in self._ready]
+            await asyncio.gather(*(self.close(member, grace_s) for member in ready))
         finally:
             self._cluster.release()
 
@@ -100,7 +105,8 @@ class Fleet:
         while True:
             await asyncio.sleep(FOLLOW_S)
             before = self.shards
-            self.fit(await asyncio.to_thread(self.places))
+            with contextlib.suppress(Exception):  # it does not answer: what runs, runs
+                self.fit(await asyncio.to_thread(self.places))
             if self.shards != before:
                 changed()
 
@@ -116,7 +122,8 @@ class Fleet:
         return Member(name, self._cluster.start(name, *self._carried, self._options))
 
     def serves(self, member: Member, target: str) -> None:
-        """A shard has said where its `/metrics` is."""
+        """A shard is ready for runs, and has said where its `/metrics` is, if it has any."""
+        self._ready.add(member.name)
         if target and self.targets.get(member.name) != target:
             self.targets[member.name] = target
             self._write_targets()
@@ -137,6 +144,7 @@ class Fleet:
     def drop(self, member: Member) -> None:
         """It is dead, or has to be."""
         self._cluster.kill(member.actor)
+        self._ready.discard(member.name)
         if self.targets.pop(member.name, None) is not None:
             self._write_targets()
 

@@ -7,6 +7,7 @@ when it has begun, and its wait for a place on the cluster is `pool_wait`, as wi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -105,9 +106,11 @@ class RayJobs:
 
     async def _connected(self) -> None:
         """Returns when there is a connection; starting a cluster takes some 4 s, which is not to hold up the loop."""
-        if self._connecting is None:
-            self._connecting = asyncio.get_running_loop().create_task(asyncio.to_thread(self._cluster.acquire))
-        await asyncio.shield(self._connecting)
+        connecting = self._connecting
+        if connecting is None or (connecting.done() and not _went_well(connecting)):  # the next job may have more luck
+            coroutine = asyncio.to_thread(self._cluster.acquire)
+            connecting = self._connecting = asyncio.get_running_loop().create_task(coroutine)
+        await asyncio.shield(connecting)
 
     def _abandon(self, job: PoolJob) -> bool:
         told = self._told.get(job)
@@ -115,7 +118,8 @@ class RayJobs:
             job.over = True
             return True
         job.abandoned = True
-        ray.cancel(told, force=True)
+        with contextlib.suppress(Exception):  # it is over, or out of reach
+            ray.cancel(told, force=True)
         return False
 
     async def close(self, grace: float) -> list[str]:
@@ -131,9 +135,13 @@ class RayJobs:
         connecting, self._connecting = self._connecting, None
         if connecting is not None:
             await asyncio.wait([connecting])
-            if not connecting.cancelled() and connecting.exception() is None:
+            if _went_well(connecting):
                 await asyncio.to_thread(self._cluster.release)
         return killed
+
+
+def _went_well(task: asyncio.Task[None]) -> bool:
+    return not task.cancelled() and task.exception() is None
 
 
 def _options(resources: Mapping[str, float]) -> dict[str, Any]:

@@ -65,7 +65,13 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
             raise
         driver = self._period = self._open_driver(iter(()))
         driver.open_ended, driver.failures_kept, driver.on_ended = True, self.config.failures_kept, self._ended
-        driver.begin()
+        try:
+            driver.begin()
+        except BaseException:
+            self._signals.release(driver.loop)
+            await self._leave()
+            self._period = None
+            raise
         driver.done.add_done_callback(self._run_ended)
         self._set_phase("accepting")
         return self
