@@ -45,6 +45,12 @@ def _age() -> Query:
     return Query(f"max by (engine, dag) (time() - {name}{own})", "{{engine}} {{dag}}", (name,))
 
 
+def _commits() -> Query:
+    """Commits of the journal per second."""
+    name = "obsdag_journal_commit_seconds"
+    return Query(f"sum (rate({name}_count{selector(name)}[$__rate_interval]))", "commits", (name,))
+
+
 _UTILIZATION = ratio(speed("obsdag_worker_busy_seconds_total"), usually("obsdag_workers"), "busy")
 _FAILURE_RATIO = ratio(_roots(_FAILED), _roots(), "failed or stalled")
 _ALERTS = 'ALERTS{alertname=~"Obsdag.+", engine=~"$engine|", dag=~"$dag|"}'
@@ -401,15 +407,25 @@ _ENGINE = Board(
         Row(
             "Journal",
             (
-                panel("Commits, by time", heat("obsdag_journal_commit_seconds"), kind="heatmap", width=6),
-                panel("Rows committed", speed("obsdag_journal_rows_total", legend="rows"), width=6),
-                panel("Rows that wait", now("obsdag_journal_inbox_rows", legend="rows"), width=6, warn_at=8192),
+                panel("Commits, by time", heat("obsdag_journal_commit_seconds"), kind="heatmap", width=5),
+                panel("Rows committed", speed("obsdag_journal_rows_total", legend="rows"), width=5),
+                panel(
+                    "Rows per commit",
+                    ratio(speed("obsdag_journal_rows_total"), _commits(), "rows"),
+                    unit="short",
+                    text=(
+                        "Mean size of a group.\n\n**Bad:** near 1,024: the journal is behind, what is accepted waits"
+                        " for it; compare the time of commits."
+                    ),
+                    width=5,
+                ),
+                panel("Rows that wait", now("obsdag_journal_inbox_rows", legend="rows"), width=4, warn_at=8192),
                 panel(
                     "After a crash",
                     speed("obsdag_journal_recovered_total", legend="taken up"),
                     speed("obsdag_journal_replayed_total", legend="run again"),
                     speed("obsdag_journal_dead_letters_total", legend="set aside"),
-                    width=6,
+                    width=5,
                     text=described("obsdag_journal_recovered_total", "obsdag_journal_dead_letters_total"),
                 ),
             ),

@@ -70,6 +70,7 @@ SHOWS = [
     ("engine", "Lag of the event loop"),
     ("engine", "Commits, by time"),
     ("engine", "Rows committed"),
+    ("engine", "Rows per commit"),
     ("tasks", "Share of attempts that failed"),
     ("tasks", "Failures for good, by type"),
     ("tasks", "Retries"),
