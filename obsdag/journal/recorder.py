@@ -151,7 +151,10 @@ class Recorder(Observer):
         self._suspended = True
 
     async def close(self) -> None:
-        """Returns when all that was written down is committed, or can never be. Closing again is harmless."""
+        """Returns when all that was written down is committed, or can never be. Closing again is harmless.
+
+        Raises JournalError if the file is not there any more: what was given out as durable is not.
+        """
         self.flush()
         self._suspended = True
         while self.error is None and self._committed < self._sent:
@@ -163,6 +166,8 @@ class Recorder(Observer):
         if self in self.journal.recorders:
             self.journal.recorders.remove(self)
             self._writer.leave(self)
+            if self.error is None:
+                await asyncio.wrap_future(self._writer.call(Store.check_file))
 
     @property
     def _facts(self) -> Facts | None:

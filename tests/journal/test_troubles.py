@@ -209,6 +209,16 @@ async def test_a_file_that_is_not_where_it_was_ends_the_run(
     assert ("replaced" if how == "replaced" else "removed or moved away") in str(raised.value)
 
 
+async def test_a_run_that_is_over_before_anybody_looked_says_so_too(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+
+    async def trouble(_: Context) -> None:
+        path.unlink(missing_ok=True)
+
+    with pytest.raises(JournalError, match="removed or moved away while it was open"):
+        await executor(SQLiteJournal(path), single(work=trouble)).run([{}, {}])
+
+
 # --- keys
 
 
