@@ -17,7 +17,7 @@ import itertools
 import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 
 from obsdag.errors import ContextError
@@ -121,7 +121,7 @@ class Context(_Mapping):
     _entry: Any  # the journal's own record of this context, set only where there is a journal
     _idempotency: str  # set when it is first asked for
     _keys_asked_early: ClassVar[bool] = False  # of any context before a journal knew it: a journal looks at all then
-    _ledger: list[float] | None
+    _ledger: Sequence[float] | None  # of a root: seconds per state, those of running left out; empty until needed
     _records: list[Execution] | None  # a root's executions, where an observer needs them
     _waits: list[float] | None  # seconds per state since the last start, where an observer needs them
 
@@ -169,7 +169,7 @@ class Context(_Mapping):
     ) -> None:
         self.runtime = runtime
         self.name = name
-        self._data: dict[str, Any] = dict(data)
+        self._data: dict[str, Any] = data.copy() if type(data) is dict else dict(data)
         self._id: str | int = name or next(_numbers)
         self._parent: Context | None = None
         self._children: dict[Context, None] | None = None
@@ -465,14 +465,11 @@ class OutputContext(Context):
     __slots__ = ("context",)
 
     def __init__(self, context: Context | None = None, name: str = "OutputContext") -> None:
+        self.context = context
         if context is None:
             super().__init__(None, name=name)
-        else:
-            self._show(context)
-        self.context = context
-
-    def _show(self, context: Context) -> None:
-        """Shows another context: the same data, tree and progress, without being in a run itself."""
+            return
+        # It shows another context: the same data, tree and progress, without being in a run itself.
         self.runtime = context.runtime
         self.name = context.name
         self._id = context._id
@@ -487,6 +484,7 @@ class OutputContext(Context):
             self._ledger = context._ledger
             self._state = context._state
             self._since = context._since
+            self._entered = context._entered
             self._done = context._done
         self._frozen = False
         self._executions = None

@@ -229,7 +229,8 @@ class RunShell(Mailbox):
         """The next input, which its worker drives at once; None if there is none, or no room (E16)."""
         while self.inputs is not None and self.run.has_room and not self.early:
             try:
-                context = as_context(next(self.inputs))
+                item = next(self.inputs)
+                context = Context(None, item) if type(item) is dict else as_context(item)
                 if self.run.accept_visited(context, worker, now):
                     if self.run.dirty:
                         self.pump()

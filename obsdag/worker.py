@@ -110,22 +110,19 @@ class Worker:
             self.runners -= 1
             if self.runners:
                 return  # another runner of this visit ends last and goes on as the worker
-            self._end_visit(context, now)
+            self.context = None
+            if type(context) is LoopContext:
+                run.leave_pull(context.pull, number, now - self.since, now)
+            else:
+                run.leave(context, number, now - self.since, now)
+            if run.dirty:
+                shell.pump()
             context = None
             if contextvars.copy_context() != self.base:
                 self.start()  # a task left a context variable set: the next visit starts clean (E17)
                 return
             if now > shell.turn_end:
                 await shell.let_others_run()
-
-    def _end_visit(self, context: Context, now: float) -> None:
-        self.context = None
-        if type(context) is LoopContext:
-            self.shell.run.leave_pull(context.pull, self.number, now - self.since, now)
-        else:
-            self.shell.run.leave(context, self.number, now - self.since, now)
-        if self.shell.run.dirty:
-            self.shell.pump()
 
 
 class WorkerLocalProxy:

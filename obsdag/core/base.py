@@ -231,14 +231,20 @@ class RunBase:
     def _leave_state(self, context: Context, old: int, now: float) -> None:
         stayed = now - context._since
         context._since = now
-        if context._ledger is not None:
-            context._ledger[old] += stayed
-        if self.recording and old > _RUNNING and stayed > 0.0:
-            if context._waits is None:
-                context._waits = [0.0] * len(STATES)
-            context._waits[old] += stayed
+        if old > _RUNNING and stayed > 0.0:
+            self._waited(context, old, stayed)
         if self.facts.state_left is not None and stayed >= self.facts.min_stay_s:
             self.facts.state_left(context, old, stayed, now)
+
+    def _waited(self, context: Context, state: int, stayed_s: float) -> None:
+        if context._ledger is not None:
+            ledger: Any = context._ledger or [0.0] * len(STATES)
+            ledger[state] += stayed_s
+            context._ledger = ledger
+        if self.recording:
+            if context._waits is None:
+                context._waits = [0.0] * len(STATES)
+            context._waits[state] += stayed_s
 
     def _restate(self, context: Context, now: float) -> None:
         """Puts a living context into the first state of the enumeration that applies to it."""
@@ -279,10 +285,14 @@ class RunBase:
         """Seconds per state of a root so far; the parts add up to its time in the run."""
         if context._ledger is None:
             return {}
-        ledger = dict(zip(STATES, context._ledger, strict=True))
+        spent = list(context._ledger) or [0.0] * len(STATES)
+        end = context._since
         if context._outcome is None:
-            ledger[STATES[context._state]] += self.clock() - context._since
-        return ledger
+            end = self.clock()
+            spent[context._state] += end - context._since
+        spent[_RUNNING] = 0.0
+        spent[_RUNNING] = max(0.0, end - context._entered - sum(spent))
+        return dict(zip(STATES, spent, strict=True))
 
     # --- views for observers and pages
 

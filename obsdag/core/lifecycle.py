@@ -14,7 +14,6 @@ from obsdag.context import OutputContext
 from obsdag.core.base import _DISCARDED, _KIND_INDEX, _OUTCOME_INDEX, _QUEUED, _RUNNING, RunBase, alive, more_of
 from obsdag.core.queue import CONTINUING, IDLE, NEW, QUEUED, VISITED
 from obsdag.core.records import Failure, Scope, Stall
-from obsdag.core.states import STATES
 from obsdag.errors import ContextError, DeadlineExceeded
 
 if TYPE_CHECKING:
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from obsdag.tasks.base import Task
 
 __all__ = ["Lifecycle"]
-
-
-_NO_TIME = [0.0] * len(STATES)
 
 
 class Lifecycle(RunBase):
@@ -133,7 +129,7 @@ class Lifecycle(RunBase):
         if holder is not None:
             holder._holds += 1
         else:
-            context._ledger = _NO_TIME.copy()
+            context._ledger = ()
             if self.context_deadline is not None:
                 self.set_deadline(context, now + self.context_deadline)
         if self.facts.context_entered is not None:
@@ -285,7 +281,11 @@ class Lifecycle(RunBase):
         if self.facts.context_finished is not None:
             self.facts.context_finished(context, outcome, now)
         if output is not None:
-            self._give_out(context, output)
+            output._outcome = "output"
+            if context._scope is None:
+                self.emit(output)
+            else:
+                context._scope.outputs.append(output)
         if context._scope is not None and not (context._more is not None and context._more.pending_end):
             self._leave_scope(context._scope)
         context._records = context._waits = context._maker = None
@@ -296,13 +296,6 @@ class Lifecycle(RunBase):
         if context in self._freezes:
             context._holds -= 1
             del self._freezes[context]
-
-    def _give_out(self, context: Context, output: OutputContext) -> None:
-        output._outcome = "output"
-        if context._scope is not None:
-            context._scope.outputs.append(output)
-        else:
-            self.emit(output)
 
     def _leave_scope(self, scope: Scope) -> None:
         scope.living -= 1

@@ -93,7 +93,7 @@ def _register(run: RunState, saved: Saved, now: float) -> None:
     if holder is not None:
         holder._holds += 1
     else:
-        context._ledger = [0.0] * len(run.state_counts)
+        context._ledger = ()
     if saved.deadline is not None:
         run.set_deadline(context, saved.deadline)
     if run.facts.context_entered is not None:

@@ -87,7 +87,10 @@ class RunState(Sources):
     def leave(self, context: Context, worker: int, busy_s: float, now: float) -> None:
         """A worker is done with the context for now: it is queued again, waits for what holds it, or is settled."""
         context._place = IDLE
-        self._end_visit(context, worker, busy_s, now)
+        self.visit_since[worker] = -1.0  # as in `_end_visit`
+        self.busy_s[worker] += busy_s
+        if self.facts.visit_finished is not None:
+            self.facts.visit_finished(context, worker, busy_s, now)
         if context._outcome is None and context._state != _DISCARDED:
             self._schedule(context, now)
         if self._work or self._touched:
@@ -175,9 +178,11 @@ class RunState(Sources):
         self.active -= 1
 
     def _reach_sink(self, execution: Execution, context: Context, now: float) -> None:
-        self._put_down(execution)
+        self.active -= 1
+        if context._running:  # else its end forgets them all
+            context._executions.remove(execution)  # type: ignore[union-attr]
         self.cause = execution
-        self._output(context, now)
+        self._end(context, "output", now, OutputContext(context))
         if self._work or self._touched:
             self._settle_all(now)
 

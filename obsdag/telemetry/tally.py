@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import add
 from time import perf_counter
 from types import SimpleNamespace
@@ -295,28 +295,25 @@ class MetricsObserver(JournalTally):
         row = self._root_rows[outcome]
         row[bisect_left(self._search, took)] += 1
         row[0] += took
-        self._ledger_s[_RUNNING] += ledger[_RUNNING]
-        if ledger[_RUNNING] != took:  # else it was never anywhere else
-            self._count_waits(ledger)
-        self._count_critical(context)
-
-    def _count_waits(self, ledger: list[float]) -> None:
-        into = self._ledger_s
-        for state, seconds in enumerate(ledger):
-            if seconds and state != _RUNNING:
-                into[state] += seconds
-
-    def _count_critical(self, root: Context) -> None:
+        if ledger:
+            took -= self._count_waits(ledger)
+        self._ledger_s[_RUNNING] += took
         # The chain that `run.critical_path` marks, without its slack, which takes a sort and an object per execution.
         # It ends: an execution is released by one that was there before it.
-        execution, seconds = root._maker, self._critical_s
+        execution, seconds = context._maker, self._critical_s
         while execution is not None:
-            context = execution.context
-            if context is not root and not _descends(context, root):
+            if execution.context is not context and not _descends(execution.context, context):
                 return
             if execution.outcome is not None:
                 seconds[execution.index] += execution.ended - execution.started
             execution = execution.released_by
+
+    def _count_waits(self, ledger: Sequence[float]) -> float:
+        into = self._ledger_s
+        for state, seconds in enumerate(ledger):
+            if seconds:
+                into[state] += seconds
+        return sum(ledger)
 
     def context_failed(self, context: Context, failure: Failure, execution: Execution | None, now: float) -> None:
         """Counts the failure by task and type of the exception."""
