@@ -25,7 +25,16 @@ from obsdag.telemetry.carrier import Caller, without_span
 from obsdag.telemetry.executions import TracedExecution, record_of, span_of
 from obsdag.telemetry.keeping import LOW_BITS, Keeper
 from obsdag.telemetry.materialize import MAX_LINKS, build_run_span, error_text
-from obsdag.telemetry.records import ContextTrace, ExecutionSpan, Part, RootTrace, new_span_id, new_trace_id, span_in
+from obsdag.telemetry.records import (
+    ContextTrace,
+    ExecutionSpan,
+    Part,
+    RootTrace,
+    new_span_id,
+    new_trace_id,
+    random_bits,
+    span_in,
+)
 from obsdag.telemetry.specs import error_type_of
 
 if TYPE_CHECKING:
@@ -49,7 +58,7 @@ class DeferredTracer(Keeper):
     execution_class = TracedExecution
     quick_s = math.inf
     min_stay_s = WAIT_SPAN_S
-    guarded = frozenset({"execution_started"})
+    guarded = frozenset({"context_entered", "execution_started", "visit_finished"})
     _timed = 0
 
     # --- runs
@@ -89,13 +98,16 @@ class DeferredTracer(Keeper):
 
     def context_entered(self, context: Context, kind: str, maker: Execution | None, now: float) -> None:
         """A root gets a trace, a child belongs to its root's, an item of a loop to its pull's."""
-        if maker is None and context._parent is None and context._trace is None:  # the common case written out
-            context._trace = root = RootTrace()  # `RootTrace.begun` written out
+        try:
+            if maker is not None or context._parent is not None or context._trace is not None:
+                self._enter(context, maker, now)
+                return
+            context._trace = root = RootTrace()  # the common case: `RootTrace.begun` written out
             root.tracer = self
             root.raw_id = context._id
             root.entered = now
             root.left = self._most
-            root.trace_id = new_trace_id()
+            root.trace_id = random_bits(128) or 1
             root.records = []
             root.open = 1
             root.hot, root.odd = self._hot, self._odd
@@ -104,8 +116,8 @@ class DeferredTracer(Keeper):
             self.room -= 1
             if self.room < 0:
                 self._refill()
-        else:
-            self._enter(context, maker, now)
+        except Exception as error:
+            self._broke("context_entered", error)
 
     def _enter(self, context: Context, maker: Execution | None, now: float) -> None:
         made_by = span_of(maker)
@@ -273,8 +285,11 @@ class DeferredTracer(Keeper):
                 execution.watched = True
             make_current(execution)  # type: ignore[arg-type]  # looks like one, and a dict would be another object
         except Exception as error:
-            if not self.run.facts.detach(self, "execution_started", error):
-                raise
+            self._broke("execution_started", error)
+
+    def _broke(self, fact: str, error: Exception) -> None:
+        if not self.run.facts.detach(self, fact, error):
+            raise error
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Leaves a record, or completes it."""
@@ -322,8 +337,11 @@ class DeferredTracer(Keeper):
 
     def visit_finished(self, context: Context, worker: int, busy_s: float, now: float) -> None:
         """What was current before the visit's executions is current again (E17)."""
-        if worker >= 0:
-            make_current(self._outside)
+        try:
+            if worker >= 0:
+                make_current(self._outside)
+        except Exception as error:
+            self._broke("visit_finished", error)
 
     def _after(self, execution: TracedExecution, root: RootTrace, now: float) -> None:
         """What is more than a record: a full buffer, a kept trace, an end that was waited for, a slow task."""

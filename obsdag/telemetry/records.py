@@ -54,6 +54,7 @@ __all__ = [
     "details_lock",
     "new_span_id",
     "new_trace_id",
+    "random_bits",
     "span_in",
 ]
 
@@ -67,7 +68,7 @@ _NO_STATE: Final = TraceState()
 
 
 _random = random.Random(os.urandom(32))
-_bits = _random.getrandbits
+random_bits = _random.getrandbits
 details_lock = threading.Lock()
 
 
@@ -81,12 +82,12 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch - absent on Windows onl
 
 def new_trace_id() -> int:
     """128 random bits, never 0, from a generator of our own: a user's `random.seed` changes nothing."""
-    return _bits(128) or 1
+    return random_bits(128) or 1
 
 
 def new_span_id() -> int:
     """64 random bits, never 0."""
-    return _bits(64) or 1
+    return random_bits(64) or 1
 
 
 class Details:
@@ -236,7 +237,7 @@ class RootTrace(ContextTrace):
         self.raw_id = raw_id
         self.entered = entered
         self.left = left
-        self.trace_id = _bits(128) or 1
+        self.trace_id = random_bits(128) or 1
         self.records = []
         self.open = 1
         self.hot = self.odd = False
@@ -255,7 +256,7 @@ class RootTrace(ContextTrace):
         if not self._span_id:
             with details_lock:
                 if not self._span_id:
-                    self._span_id = _bits(64) or 1
+                    self._span_id = random_bits(64) or 1
         return self._span_id
 
     @span_id.setter
@@ -320,7 +321,7 @@ class ExecutionSpan(OwnContext, Span):
         if not self._id:
             with details_lock:
                 if not self._id:
-                    self._id = _bits(64) or 1
+                    self._id = random_bits(64) or 1
         return self._id
 
     def get_span_context(self) -> SpanContext:
