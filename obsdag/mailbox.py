@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
 from obsdag.core.records import Execution, current_execution
@@ -26,8 +26,15 @@ class Mailbox:
     thread: int
     clock: Callable[[], float]
     workers: list[Worker]
+    inputs: Iterator[Any] | None
     _nudged = False
     _over = False
+
+    @property
+    def to_take(self) -> bool:
+        """Whether a worker that takes something may find it; else those in line only wait for their own end (E7)."""
+        run = self.run
+        return self.inputs is not None or bool(run.queue.size or run.queue.loop or run.rooms)
 
     def pump(self) -> None:
         """Does what the core left to do."""

@@ -121,7 +121,7 @@ class Worker:
             if contextvars.copy_context() != self.base:
                 self.start()  # a task left a context variable set: the next visit starts clean (E17)
                 return
-            if now > shell.turn_end:
+            if now > shell.turn_end and shell.to_take:
                 await shell.let_others_run()
 
 

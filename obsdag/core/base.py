@@ -182,7 +182,9 @@ class RunBase:
         frees = sum(plan.bit[other] for other in below if len(plan.up_list[other]) == 1)
         rest = tuple((plan.bit[other], plan.up[other]) for other in below if len(plan.up_list[other]) > 1)
         follow = max(plan.follow[index], 0)
-        return plan.bit[index], 0 if follow == plan.sink else follow, frees, rest
+        if not follow or follow == plan.sink:
+            return plan.bit[index], 0, frees, rest
+        return plan.bit[index], follow, plan.bit[follow], rest
 
     def _limits_by_task(self) -> list[tuple[Limit, ...]]:
         """The task's own limiters, and one of this run for `parallel_num` or for a stream (one at a time, T5)."""

@@ -121,7 +121,8 @@ class RunState(Sources):
             self.finish(execution, context, now)
             return None
         bit, follow, frees, rest = step
-        running = context._running = context._running ^ bit
+        running = context._running  # the same object where only this one ran: bits of long plans are big numbers
+        running = context._running = 0 if running is bit else running ^ bit
         if not self.unseen:
             execution.ended, execution.outcome = now, "success"
         if (took_s := now - execution.started) < self.facts.quick_s and not execution.watched:  # as in `_count`
@@ -131,7 +132,8 @@ class RunState(Sources):
             self._count(execution, "success", None, now)
         done = context._done = context._done | bit
         ready = context._ready
-        if follow and not (ready or running or frees & done):  # a straight stretch: nothing to search for
+        # Straight on, nothing to search for: were `follow` done already, what is below it would be ready or running.
+        if follow and not (ready or running):
             index, low = follow, frees
             context._maker = execution
         else:
@@ -152,7 +154,7 @@ class RunState(Sources):
                 self._put_down(execution)
                 return None
             context._ready = ready ^ low
-        context._running = running | low
+        context._running = running | low if running else low
         self.task_started[index] += 1
         if self.unseen:  # nobody looks at executions: the next one may be the same object again
             execution.index, execution.task, execution.started = index, self.tasks[index], now

@@ -141,6 +141,38 @@ async def test_T1_a_list_with_something_wrong_lets_nothing_in(engine: Engine) ->
     assert_counts(result, failed=1)
 
 
+async def test_T1_what_another_completed_is_not_run_again_when_what_is_above_it_ends() -> None:
+    first, second = Context(name="first"), Context(name="second")
+    ran: list[tuple[str, str]] = []
+    begun, handed = asyncio.Event(), asyncio.Event()
+    dag = DAG()
+
+    @dag.task
+    async def above(ctx: Context) -> Context:
+        if ctx is second:
+            begun.set()
+        await (handed if ctx is second else begun).wait()
+        ran.append(("above", ctx.id))
+        return ctx
+
+    @dag.task(after="above")
+    async def hand(ctx: Context) -> list[Context]:
+        ran.append(("hand", ctx.id))
+        handed.set()
+        return [first, second]
+
+    @dag.task(after="hand")
+    async def below(ctx: Context) -> Context:
+        ran.append(("below", ctx.id))
+        return ctx
+
+    result = await Engine(workers=2).run(dag, [first, second], debug=False)  # the short way of a straight stretch
+    assert_counts(result, output=2)
+    assert Counter(ran) == Counter(
+        [("above", "first"), ("above", "second"), ("hand", "first"), ("below", "first"), ("below", "second")]
+    )
+
+
 @every_schedule
 async def test_T1_a_context_of_someone_else_may_be_returned_and_is_completed(engine: Engine) -> None:
     dag, log = DAG(), Log()
