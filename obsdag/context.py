@@ -122,7 +122,6 @@ class Context(_Mapping):
     _idempotency: str  # set when it is first asked for
     _keys_asked_early: ClassVar[bool] = False  # of any context before a journal knew it: a journal looks at all then
     _ledger: Sequence[float] | None  # of a root: seconds per state, those of running left out; empty until needed
-    _records: list[Execution] | None  # a root's executions, where an observer needs them
     _waits: list[float] | None  # seconds per state since the last start, where an observer needs them
 
     __slots__ = (
@@ -148,7 +147,6 @@ class Context(_Mapping):
         "_parked",
         "_place",
         "_ready",
-        "_records",
         "_run",
         "_running",
         "_scope",
@@ -349,7 +347,7 @@ class Context(_Mapping):
         """Why it failed; `has_error` is False while it has not."""
         if self._error is None:
             return _NO_ERROR
-        return ErrorInfo(True, self._error, self._more.error_task if self._more else None)
+        return ErrorInfo(True, self._error, self._more.why or None if self._more else None)
 
     @property
     def outcome(self) -> str | None:

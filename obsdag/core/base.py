@@ -23,7 +23,7 @@ from obsdag.limits import ConcurrencyLimit, Limit
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
     from obsdag.context import Context, LoopContext, OutputContext
-    from obsdag.core.records import Failure, Lend, Scope, Stall
+    from obsdag.core.records import Failure, Lend, Scope, Stall, Timer
     from obsdag.limits import LimitRequest
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
@@ -104,6 +104,8 @@ class RunBase:
         self._touched: list[Lend] = []
         self._unreturned: dict[Execution, None] = {}  # abandoned, and tried again when they have returned (T13)
         self._freezes: dict[Context, None] = {}  # what the run knows; `_frozen` is what was asked for last
+        self._deadlines: dict[Context, Timer] = {}
+        self.records: dict[Context, list[Execution]] = {}  # of living roots, for observers that need them
         self._grants: deque[LimitRequest] = deque()
         self.reserved = 0
         self.buffered = 0
@@ -124,6 +126,7 @@ class RunBase:
         self.tasks, self.bits = plan.tasks, plan.bit
         # Per task, what is right below it: (its bit, the mask of all that it waits for).
         self.below = [tuple((plan.bit[i], plan.up[i]) for i in below) for below in plan.down_list]
+        self.services = sum(plan.bit[i] for i, task in enumerate(plan.tasks) if task.shape == "service")
         self.entry_done, self.entry_ready = plan.bit[plan.source], plan.down[plan.source]
         self.sink_bit = plan.bit[plan.sink]
         self.not_plain = self.sink_bit | plan.joins  # what is no task to be run when it is ready
@@ -257,10 +260,9 @@ class RunBase:
 
     def _state_of(self, context: Context) -> int:  # noqa: C901 - one line per state, in their order
         more = context._more
-        waiting = 0 if more is None else more.pool | more.service
-        if context._running & ~waiting:
+        if context._running & ~(0 if more is None else more.handed):
             return _RUNNING
-        if more is not None and more.pool:
+        if more is not None and more.handed & ~self.services:
             return _POOL_WAIT
         if context._place == QUEUED:
             return _QUEUED
@@ -268,7 +270,7 @@ class RunBase:
             return _RUNNING
         if more is not None:
             for mask, state in (
-                (more.service, State.SERVICE_WAIT),
+                (more.handed, State.SERVICE_WAIT),
                 (more.limit, State.LIMIT_WAIT),
                 (more.retry, State.RETRY_WAIT),
                 (more.room, State.ROOM_WAIT),

@@ -23,7 +23,7 @@ __all__ = ["critical_executions", "critical_path"]
 
 def critical_path(plan: Plan, root: Context) -> list[CriticalStep]:
     """Every recorded execution of `root` and its descendants, in order of start, with slack in seconds."""
-    executions = list(root._records or ())
+    executions = list(root._run.records.get(root, ()) if root._run is not None else ())
     chain = {id(execution): execution for execution in _chain(root)}
     known = {id(execution) for execution in executions}
     executions += [execution for key, execution in chain.items() if key not in known and execution.outcome is not None]

@@ -115,7 +115,7 @@ class Lifecycle(RunBase):
         context._done = done
         context._ready = context._running = context._parked = context._holds = context._lane = 0
         context._entered = context._since = now
-        context._ledger = context._records = context._waits = None
+        context._ledger = context._waits = None
         context._state = state = _RUNNING if visited else _QUEUED
         self.contexts[context] = None
         if self.first_entered is None:
@@ -167,11 +167,19 @@ class Lifecycle(RunBase):
 
     def set_deadline(self, context: Context, when: float) -> None:
         """Ends a root as failed with DeadlineExceeded at `when` (run clock), unless it has ended by then."""
-        more = more_of(context)
-        if more.deadline is not None:
-            self.timers.cancel(more.deadline)
-        more.deadline = self.timers.set(when, self._deadline_passed, context)
+        self._forget_deadline(context)
+        self._deadlines[context] = self.timers.set(when, self._deadline_passed, context)
         self.dirty = True
+
+    def deadline_of(self, context: Context) -> float | None:
+        """When a living root fails with DeadlineExceeded (run clock), None if it has no deadline."""
+        timer = self._deadlines.get(context)
+        return None if timer is None else timer.when
+
+    def _forget_deadline(self, context: Context) -> None:
+        timer = self._deadlines.pop(context, None)
+        if timer is not None:
+            self.timers.cancel(timer)
 
     def _deadline_passed(self, context: Context, now: float) -> None:
         if context._outcome is None:
@@ -274,6 +282,8 @@ class Lifecycle(RunBase):
         else:
             context._executions = None  # one object less that the outputs of a run keep alive
         self._leave_state(context, context._state, now)
+        if self._deadlines:
+            self._forget_deadline(context)
         if context._more is not None:
             self._close_more(context, outcome, now)
         if self.recording and context._ledger is not None:
@@ -288,7 +298,9 @@ class Lifecycle(RunBase):
                 context._scope.outputs.append(output)
         if context._scope is not None and not (context._more is not None and context._more.pending_end):
             self._leave_scope(context._scope)
-        context._records = context._waits = context._maker = None
+        if self.keeping:
+            self.records.pop(context, None)
+        context._waits = context._maker = None
         if context._parent is not None:
             self._work.append(context)
 
@@ -318,7 +330,7 @@ class Lifecycle(RunBase):
         """Ends by garbage collection as dropped or split (T3, C6), or keeps it readable until the run ends (E11)."""
         if task is None and self.cause is not None:
             task = self.cause.task
-        more_of(context).reason = reason
+        more_of(context).why = reason
         if not self.gc and reason != "destroyed" and not self.stopping:
             self._keep_discarded(context, outcome, now)
         else:
@@ -353,7 +365,7 @@ class Lifecycle(RunBase):
         for context in [c for c in self.contexts if c._more is not None and c._more.pending_end]:
             more = more_of(context)
             if self.facts.context_destroyed is not None:
-                self.facts.context_destroyed(context, None, more.reason, now)
+                self.facts.context_destroyed(context, None, more.why, now)
             self._end(context, more.pending_end or "dropped", now)
 
     # --- what ends others
@@ -362,7 +374,7 @@ class Lifecycle(RunBase):
         """Ends a context as failed and its descendants as cancelled (E6, C8)."""
         task = execution.task.id if execution is not None else self._waiting_at(context)
         context._error = error
-        more_of(context).error_task = task
+        more_of(context).why = task
         attempts = execution.attempt if execution is not None else max(1, context.attempt)
         failure = Failure(context, task, attempts, error)
         if context._scope is not None:
@@ -383,7 +395,7 @@ class Lifecycle(RunBase):
         pending = list(context._children or ())
         for child in pending:  # grows while it is walked
             if child._run is self and alive(child):
-                more_of(child).reason = "cascade"
+                more_of(child).why = "cascade"
                 if self.facts.context_destroyed is not None:
                     self.facts.context_destroyed(child, None, "cascade", now)
                 self._end(child, "cancelled", now)

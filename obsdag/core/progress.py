@@ -53,9 +53,8 @@ class Progress(Lending):
             executions.remove(execution)
         self.active -= 1
         more = context._more
-        if more is not None and (more.pool | more.service):
-            more.pool &= ~self.plan.bit[index]
-            more.service &= ~self.plan.bit[index]
+        if more is not None and more.handed:
+            more.handed &= ~self.plan.bit[index]
             self._restate(context, now)  # the others may all wait
         if execution.grant is not None and not execution.abandoned:
             self._release_grant(execution, now)
@@ -81,10 +80,10 @@ class Progress(Lending):
         root = execution.context
         while root._ledger is None and root._parent is not None:
             root = root._parent
-        if root._records is None:
-            root._records = []
-        if len(root._records) < RECORDS_PER_ROOT and root._outcome is None:
-            root._records.append(execution)
+        if root._outcome is None:
+            records = self.records.setdefault(root, [])
+            if len(records) < RECORDS_PER_ROOT:
+                records.append(execution)
 
     def _complete(self, context: Context, index: int, now: float) -> None:
         """The task is completed for the context: what has all its live upstreams completed now is ready (C4)."""
@@ -143,9 +142,7 @@ class Progress(Lending):
         while ancestor is not None:
             if ancestor._outcome in ("failed", "cancelled"):
                 return True
-            if ancestor._outcome == "dropped" and (
-                ancestor._more is None or ancestor._more.reason in ("destroyed", "")
-            ):
+            if ancestor._outcome == "dropped" and (ancestor._more is None or ancestor._more.why in ("destroyed", "")):
                 return True
             ancestor = ancestor._parent
         return False

@@ -114,25 +114,22 @@ class More:
     """The rare parts of a context, made when first needed, so that the common context stays small.
 
     skipped: skipped tasks. dead: task -> mask of its dead in-edges (C4). lends: lent branches by the task that lent
-    them (C5). lend: the lent branch this context belongs to. attempts: task -> failed attempts so far; first_try: task
-    -> start of the first. requests: task -> its limit request, waiting or granted. timers: task -> armed timer.
-    limit/retry/service/pool: masks of tasks in that waiting state; room, source: pulls in that state. kept: those
-    at which a frozen context was kept (T3). pending_end: outcome of a discarded context that is kept
-    readable (E11). pulls: open loops and maps. arrived_at: the join that is ready on it, -1 for none; arrived: it
-    waits there and no longer holds its parent. error_task: where it failed. deadline: the timer of a root's deadline.
-    plain: nothing in here matters to an execution that returns its own context. released: task -> the execution that
-    made it ready, where that is not the context's latest. holder: the ancestor it holds where that is not its parent.
-    reason: why it was garbage-collected, one of GC_REASONS.
+    them (C5). lend: the lent branch this context belongs to. tries: task -> failed attempts so far, start of the
+    first. requests: task -> its limit request, waiting or granted. timers: task -> armed timer.
+    limit, retry: masks of tasks that wait for it; handed: of those that wait in a pool or service; room, source: pulls
+    in that state. kept: those at which a frozen context was kept (T3). pending_end: outcome of a discarded context that
+    is kept readable (E11). pulls: open loops and maps. arrived_at: the join that is ready on it, -1 for none; arrived:
+    it waits there and no longer holds its parent. plain: nothing in here matters to an execution that returns its own
+    context. released: task -> the execution that made it ready, where that is not the context's latest. holder: the
+    ancestor it holds where that is not its parent. why: it was garbage-collected, one of GC_REASONS; of one that failed
+    the task where.
     """
 
     __slots__ = (
         "arrived",
         "arrived_at",
-        "attempts",
         "dead",
-        "deadline",
-        "error_task",
-        "first_try",
+        "handed",
         "holder",
         "kept",
         "lend",
@@ -140,17 +137,16 @@ class More:
         "limit",
         "pending_end",
         "plain",
-        "pool",
         "pulls",
-        "reason",
         "released",
         "requests",
         "retry",
         "room",
-        "service",
         "skipped",
         "source",
         "timers",
+        "tries",
+        "why",
     )
 
     def __init__(self) -> None:
@@ -158,23 +154,20 @@ class More:
         self.dead: dict[int, int] | None = None
         self.lends: dict[int, Lend] | None = None
         self.lend: Lend | None = None
-        self.attempts: dict[int, int] | None = None
-        self.first_try: dict[int, float] | None = None
+        self.tries: dict[int, tuple[int, float]] | None = None
         self.requests: dict[int, LimitRequest] | None = None
         self.timers: dict[int, Timer] | None = None
-        self.limit = self.retry = self.service = self.pool = 0
+        self.limit = self.retry = self.handed = 0
         self.room = self.source = 0
         self.kept = 0
         self.pending_end: str | None = None
         self.pulls: dict[int, Pull] | None = None
         self.arrived_at = -1
-        self.error_task: str | None = None
         self.plain = True
-        self.deadline: Timer | None = None
         self.released: dict[int, Execution] | None = None
         self.holder: Context | None = None
         self.arrived = False
-        self.reason = ""
+        self.why = ""
 
 
 class Lend:

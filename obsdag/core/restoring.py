@@ -75,7 +75,7 @@ def _fill(run: RunState, saved: Saved, now: float) -> None:
     context._done = saved.done
     context._ready = context._running = context._parked = context._holds = context._lane = 0
     context._entered = context._since = now
-    context._ledger = context._records = context._waits = None
+    context._ledger = context._waits = None
     context._place, context._state = IDLE, _QUEUED
 
 
@@ -139,8 +139,7 @@ def _make_ready(run: RunState, saved: Saved, now: float) -> None:
         more = more_of(context)
         more.skipped = saved.skipped
         more.dead = dict(saved.dead) or None
-        more.attempts = dict(saved.attempts) or None
-        more.first_try = dict(saved.first_try) if saved.attempts else None
+        more.tries = {i: (failed, saved.first_try[i]) for i, failed in saved.attempts.items()} or None
     waiting = 0
     for index, (due, kind) in saved.waits.items():
         if due > now and not context._parked & run.plan.bit[index]:

@@ -64,8 +64,8 @@ class RunState(Sources):
                     continue
             attempt = 1
             more = context._more
-            if more is not None and more.attempts is not None:
-                attempt += more.attempts.get(index, 0)
+            if more is not None and more.tries is not None and index in more.tries:
+                attempt += more.tries[index][0]
             execution = self.execution_class.begun(context, plan.tasks[index], index, attempt, now, worker)
             execution.grant = grant
             if self.recording:
@@ -346,11 +346,10 @@ class RunState(Sources):
     def _retry(self, execution: Execution, error: BaseException, delay: float, now: float) -> None:
         context, index = execution.context, execution.index
         more = more_of(context)
-        if more.attempts is None:
-            more.attempts, more.first_try = {}, {}
-        assert more.first_try is not None
-        more.attempts[index] = more.attempts.get(index, 0) + 1
-        more.first_try.setdefault(index, execution.started)
+        if more.tries is None:
+            more.tries = {}
+        failed, first_started = more.tries.get(index, (0, execution.started))
+        more.tries[index] = failed + 1, first_started
         self.retries_total += 1
         if self.recording:
             if more.released is None:
@@ -368,9 +367,9 @@ class RunState(Sources):
     def first_started(self, execution: Execution) -> float:
         """When the first attempt of this task on this context started (run clock), for a cap on total time."""
         more = execution.context._more
-        if more is None or more.first_try is None:
+        if more is None or more.tries is None:
             return execution.started
-        return more.first_try.get(execution.index, execution.started)
+        return more.tries.get(execution.index, (0, execution.started))[1]
 
     def returned(self, execution: Execution, now: float) -> None:
         """An abandoned execution has really returned: its permits come back, and a retry may start (T13)."""
@@ -403,27 +402,27 @@ class RunState(Sources):
 
     def pool_waits(self, execution: Execution, now: float) -> None:
         """No thread or process is free for the execution yet."""
-        self._wait_inside(execution, "pool", now)
+        self._wait_inside(execution, now)
 
     def pool_started(self, execution: Execution, now: float) -> None:
         """A thread or process has taken the execution."""
-        self._wait_over(execution, "pool", now)
+        self._wait_over(execution, now)
 
     def service_waits(self, execution: Execution, now: float) -> None:
         """The execution was handed to a service: it holds no worker while the answer is awaited (T14)."""
-        self._wait_inside(execution, "service", now)
+        self._wait_inside(execution, now)
 
-    def _wait_inside(self, execution: Execution, kind: str, now: float) -> None:
+    def _wait_inside(self, execution: Execution, now: float) -> None:
         if execution.outcome is None and execution.context._outcome is None:
             more = more_of(execution.context)
             more.plain = False
-            setattr(more, kind, getattr(more, kind) | self.plan.bit[execution.index])
+            more.handed |= self.plan.bit[execution.index]
             self._restate(execution.context, now)
 
-    def _wait_over(self, execution: Execution, kind: str, now: float) -> None:
+    def _wait_over(self, execution: Execution, now: float) -> None:
         more = execution.context._more
         if more is not None and execution.outcome is None:
-            setattr(more, kind, getattr(more, kind) & ~self.plan.bit[execution.index])
+            more.handed &= ~self.plan.bit[execution.index]
             self._restate(execution.context, now)
 
     # --- from outside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from obsdag.core.base import _DISCARDED, alive, more_of
 from obsdag.core.lifecycle import Lifecycle
@@ -21,6 +21,10 @@ class Waits(Lifecycle):
     """A waiting task is in `_parked` and holds its context once; nothing polls."""
 
     idle_at: float | None = None
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._fired = self._timer_fired  # bound once: each timer has it
 
     # --- limits (T7)
 
@@ -108,7 +112,7 @@ class Waits(Lifecycle):
         if more.timers is None:
             more.timers = {}
         self._park(context, more, index, kind)
-        more.timers[index] = self.timers.set(when, self._timer_fired, (context, index, kind))
+        more.timers[index] = self.timers.set(when, self._fired, (context, index, kind))
         self.dirty = True
 
     def _wait_no_more(self, context: Context, index: int, now: float) -> None:
@@ -257,8 +261,6 @@ class Waits(Lifecycle):
             self.timers.cancel(timer)
         context._holds -= (more.limit | more.retry).bit_count()
         more.timers = None
-        if more.deadline is not None:
-            self.timers.cancel(more.deadline)
         requests, more.requests = more.requests, None
         for index, request in (requests or {}).items():
             if more.limit & self.plan.bit[index]:

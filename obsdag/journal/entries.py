@@ -70,7 +70,9 @@ def row_of(context: Context, plan: int, at_source: int | bytes, epoch: float, no
     lend = None if more is None or more.lend is None else more.lend.index
     above = None if context._parent is None else getattr(context._parent, "_entry", None)
     parent = None if above is None else above.key
-    rare = None if more is None and not context._frozen else _rare(context, more, epoch)
+    due = None if context._run is None else context._run.deadline_of(context)
+    common = more is None and due is None and not context._frozen
+    rare = None if common else _rare(context, more, epoch, None if due is None else due + epoch)
     body = _encode(_body(context, entry, at_source, rare))
     return sealed((entry.key, context.id, plan, parent, entry.tree, lend, outcome, ended, body, data))
 
@@ -81,20 +83,20 @@ def _body(context: Context, entry: Entry, at_source: int | bytes, rare: Rare | N
     return Body(entry.kind, entered, done, rare, entry.failed, entry.own_key, crashes, entry.started, due, caller)
 
 
-def _rare(context: Context, more: More | None, epoch: float) -> Rare:
+def _rare(context: Context, more: More | None, epoch: float, deadline: float | None) -> Rare:
     if more is None:
-        return Rare(frozen=context._frozen)
+        return Rare(frozen=context._frozen, deadline=deadline)
     return Rare(
         pack_mask(more.skipped),
         {index: pack_mask(mask) for index, mask in (more.dead or {}).items()},
-        dict(more.attempts or {}),
-        {index: first + epoch for index, first in (more.first_try or {}).items()},
+        {index: failed for index, (failed, _) in (more.tries or {}).items()},
+        {index: first + epoch for index, (_, first) in (more.tries or {}).items()},
         {index: (timer.when + epoch, timer.argument[2]) for index, timer in (more.timers or {}).items()},
         [(lend.index, lend.mapped, lend.pulling) for lend in (more.lends or {}).values()],
         {index: pull.items for index, pull in (more.pulls or {}).items()},
         context._frozen and not more.kept,
-        None if more.deadline is None else more.deadline.when + epoch,
-        more.reason,
+        deadline,
+        "" if context._error is not None else more.why,
     )
 
 

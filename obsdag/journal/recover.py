@@ -275,10 +275,10 @@ class _Builder:
     def _end(self, context: Context, row: Row, body: Body) -> None:
         context._outcome = row.outcome
         if body.rare is not None and body.rare.reason:
-            more_of(context).reason = body.rare.reason
+            more_of(context).why = body.rare.reason
         if body.failed is not None and row.outcome == "failed":
             context._error = RemoteError(f"{body.failed.kind}: {body.failed.text}")
-            more_of(context).error_task = body.failed.task
+            more_of(context).why = body.failed.task
         if row.outcome == "output":
             self.recovery.outputs.append(context)
 

@@ -464,7 +464,7 @@ class Driver:
         if root._scope is not None:
             root._scope.failures.append(failure)
         context._error = failure.exception
-        more_of(context).error_task = failure.task
+        more_of(context).why = failure.task
         if self.failures_kept is None or self.failures_kept:
             if self.failures_kept is not None and len(self.failures) >= self.failures_kept:
                 self.failures.popleft()
