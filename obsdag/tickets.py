@@ -45,7 +45,9 @@ class Ticket:
     __slots__ = (
         "_desk",
         "_expired",
+        "_failures",
         "_lost",
+        "_outputs",
         "_timer",
         "_unwanted",
         "_waiters",
@@ -60,7 +62,8 @@ class Ticket:
         self.id = context.id
         self.context = context
         self.accepted_at = now
-        self.scope = context._scope = Scope(context, desk._scope_done)
+        self.scope = context._scope = Scope(desk._scope_done)
+        self._outputs, self._failures = self.scope.outputs, self.scope.failures
         self._desk = desk
         self.done = False
         self._waiters: list[asyncio.Future[None]] = []  # one each: whoever stops waiting takes nothing from the others
@@ -114,7 +117,7 @@ class Ticket:
         failure = self._failure()
         if failure is not None:
             raise ContextFailedError(str(failure), failure.context.error_info) from failure.exception
-        return list(self.scope.outputs)
+        return list(self._outputs)
 
     async def _ended(self) -> None:
         if self.done:
@@ -130,14 +133,16 @@ class Ticket:
     def close(self) -> None:
         """Everything that it covers has ended: wakes whoever waits."""
         self.done = True
+        # Contexts know their scope: with these it would be garbage in a circle, and the collector's pauses are long.
+        self.scope.outputs, self.scope.failures = [], []
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
     def _failure(self) -> Failure | None:
         """What fails the ticket: its context, or one that replaced it; a child only if nothing came out at all."""
-        for failure in self.scope.failures:
-            if failure.context._parent is None or failure.context is self.context or not self.scope.outputs:
+        for failure in self._failures:
+            if failure.context._parent is None or failure.context is self.context or not self._outputs:
                 return failure
         return None
 
@@ -212,8 +217,7 @@ class TicketBook:
     def _expire(self, ticket: Ticket) -> None:
         self.forget(ticket)
         ticket._expired = True
-        ticket.scope.outputs.clear()
-        ticket.scope.failures.clear()
+        ticket._outputs, ticket._failures = [], []
         self._on_expired(ticket)
 
     def _expire_due(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -250,13 +250,12 @@ class Pull:
 class Scope:
     """All that was made from one submitted context, by children or by replacement (S1).
 
-    living: contexts of it that have not ended. outputs, failures: what came of it. root: the submitted context.
+    living: contexts of it that have not ended. outputs, failures: what came of it.
     """
 
-    __slots__ = ("failures", "living", "on_done", "outputs", "root")
+    __slots__ = ("failures", "living", "on_done", "outputs")
 
-    def __init__(self, root: Context, on_done: Callable[[Scope], None]) -> None:
-        self.root = root
+    def __init__(self, on_done: Callable[[Scope], None]) -> None:
         self.on_done = on_done
         self.living = 0
         self.outputs: list[OutputContext] = []

@@ -35,12 +35,13 @@ MOST_ENDED = 5_000
 
 
 class _Tree(Scope):
-    """A root and all that is made from it. entered: its contexts; ends: their outcomes, None while it is the root."""
+    """A `root` and all that is made from it. entered: its contexts; ends: their outcomes, None while it is the root."""
 
-    __slots__ = ("ends", "entered", "seed", "stalls")
+    __slots__ = ("ends", "entered", "root", "seed", "stalls")
 
     def __init__(self, root: Context, seed: Seed, on_done: Any) -> None:
-        super().__init__(root, on_done)
+        super().__init__(on_done)
+        self.root = root
         self.seed = seed
         self.entered = 0
         self.ends: Counter[str] | None = None
