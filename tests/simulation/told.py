@@ -26,7 +26,7 @@ class Told(Observer):
         self.facts: list[tuple[Any, ...]] = []
         self.wrong: list[str] = []  # what an observer raises is caught
         self.running: set[Any] = set()
-        self.stays: dict[Context, float] = {}  # how long each was in the states that it has left
+        self.stays: dict[Context, dict[str, float]] = {}  # how long each was in the states that it has left
         self.states: dict[Context, tuple[str, float]] = {}  # by the rules: in which state it is, since when
 
     # --- facts that the model tells word for word
@@ -117,7 +117,8 @@ class Told(Observer):
     def state_left(self, context: Context, state: int, stayed_s: float, now: float) -> None:
         if not stayed_s:
             return
-        self.stays[context] = self.stays.get(context, 0.0) + stayed_s
+        stays = self.stays.setdefault(context, dict.fromkeys(STATES, 0.0))
+        stays[STATES[state]] += stayed_s
         known, since = self.states.get(context, (STATES[state], now - stayed_s))
         if (known, since) != (STATES[state], now - stayed_s) and not (state == 6 and since == now - stayed_s):
             self.wrong.append(f"{context!r} left {STATES[state]} after {stayed_s}, by the rules {known} since {since}")
@@ -126,14 +127,14 @@ class Told(Observer):
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
         self.facts.append(("context_finished", context, outcome))
         self.states.pop(context, None)
-        stayed = self.stays.pop(context, 0.0)
+        stays = self.stays.pop(context, None) or dict.fromkeys(STATES, 0.0)
+        stayed = sum(stays.values())
         if not self.min_stay_s and abs(stayed - (now - context._entered)) > 1e-9:
             self.wrong.append(f"{context!r} stayed {stayed} in all, and lived {now - context._entered}")
         run: Any = context._run
-        if context._ledger is not None and abs(sum(context._ledger) - (now - context._entered)) > 1e-9:
-            self.wrong.append(
-                f"the ledger of {context!r} is {run.ledger_of(context)}; it lived {now - context._entered}"
-            )
+        ledger = run.ledger_of(context)
+        if not self.min_stay_s and any(abs(ledger[state] - stays[state]) > 1e-9 for state in ledger):
+            self.wrong.append(f"the ledger of {context!r} is {ledger}, its stays {stays}")
         if self.needs_slack and context._ledger is not None:
             self._check_path(run.critical_path(context), outcome, now)
 
