@@ -110,14 +110,10 @@ class Worker:
             self.runners -= 1
             if self.runners:
                 return  # another runner of this visit ends last and goes on as the worker
-            self.context = None
-            if type(context) is LoopContext:
-                run.leave_pull(context.pull, number, now - self.since, now)
-            else:
-                run.leave(context, number, now - self.since, now)
+            run.leave(context, number, now - self.since, now)
             if run.dirty:
                 shell.pump()
-            context = None
+            self.context = context = None
             if contextvars.copy_context() != self.base:
                 self.start()  # a task left a context variable set: the next visit starts clean (E17)
                 return

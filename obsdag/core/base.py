@@ -104,8 +104,6 @@ class RunBase:
         self._touched: list[Lend] = []
         self._unreturned: dict[Execution, None] = {}  # abandoned, and tried again when they have returned (T13)
         self._freezes: dict[Context, None] = {}  # what the run knows; `_frozen` is what was asked for last
-        self._deadlines: dict[Context, Timer] = {}
-        self.records: dict[Context, list[Execution]] = {}  # of living roots, for observers that need them
         self._grants: deque[LimitRequest] = deque()
         self.reserved = 0
         self.buffered = 0
@@ -139,6 +137,8 @@ class RunBase:
         plan, workers = self.plan, self.config.context_worker_num
         # Contexts: the living ones in order of entering, and counts that are kept apart on purpose (C9).
         self.contexts: dict[Context, None] = {}
+        self._deadlines: dict[Context, Timer] = {}  # of living roots, as the next
+        self.records: dict[Context, list[Execution]] = {}  # for observers that need them
         self.living = 0
         self.discarded = 0
         self.at_joins = 0

@@ -86,6 +86,9 @@ class RunState(Sources):
 
     def leave(self, context: Context, worker: int, busy_s: float, now: float) -> None:
         """A worker is done with the context for now: it is queued again, waits for what holds it, or is settled."""
+        if type(context) is LoopContext:
+            self.leave_pull(context.pull, worker, busy_s, now)
+            return
         context._place = IDLE
         self.visit_since[worker] = -1.0  # as in `_end_visit`
         self.busy_s[worker] += busy_s
