@@ -51,6 +51,16 @@ class Durable:
             await asyncio.shield(journal.release())
             raise
 
+    @property
+    def recorder(self) -> Recorder:
+        """Of this serving period."""
+        return self._recorder
+
+    @property
+    def recovery(self) -> Recovery:
+        """What an earlier process had accepted."""
+        return self._recovery
+
     async def close(self) -> None:
         """Writes down what is left, and lets go of the journal."""
         try:

@@ -28,6 +28,7 @@ from obsdag.telemetry import default_observers
 
 if TYPE_CHECKING:
     from obsdag.graph import DAG
+    from obsdag.plan import Plan
 
 __all__ = ["Executor", "OutputStream", "RunResult"]
 
@@ -143,7 +144,7 @@ class Executor:
         input iterator raises.
         """
         result = RunResult()
-        async with self._journalled() as recorder:
+        async with _journalled(self.config.journal, self.plan) as recorder:
             shell = self._open_shell("run", open_inputs(input_context))
             shell.run.emit = result.append
             await self._see_to_its_end(shell, result, recorder)
@@ -158,7 +159,7 @@ class Executor:
         if self.config.journal is None:
             raise ConfigError("there is nothing to recover from: set ExecutorConfig(journal=SQLiteJournal(...))")
         result = RunResult()
-        async with self._journalled() as recorder:
+        async with _journalled(self.config.journal, self.plan) as recorder:
             recovery = await self.config.journal.load(self.plan, tasks)
             if self.config.telemetry is not None:
                 from obsdag.telemetry.carrier import restore_callers
@@ -180,23 +181,6 @@ class Executor:
         if shell.early:
             raise _early_error(shell, result)
 
-    @asynccontextmanager
-    async def _journalled(self) -> AsyncIterator[Any]:
-        """Keeps the journal open, if there is one; gives what records a run in it."""
-        journal = self.config.journal
-        if journal is None:
-            yield None
-            return
-        await journal.acquire()
-        try:
-            recorder = await journal.record(self.plan)
-            try:
-                yield recorder
-            finally:
-                await see_through(recorder.close())
-        finally:
-            await see_through(journal.release())
-
     def run_sync(self, input_context: Inputs = None) -> RunResult:
         """`run` for scripts. Raises RuntimeError inside a running event loop: use `await executor.run(...)` there."""
         try:
@@ -213,7 +197,7 @@ class Executor:
 
         Memory is bounded by `max_live_contexts`, whatever the number of inputs. Leaving early ends the run (E9).
         """
-        async with self._journalled() as recorder:
+        async with _journalled(self.config.journal, self.plan) as recorder:
             shell = self._open_shell("stream", open_inputs(inputs))
             outputs = OutputStream(shell)
             if recorder is not None:
@@ -384,6 +368,23 @@ class Executor:
         finally:
             if self.config.journal is not None:
                 await self.config.journal.release()
+
+
+@asynccontextmanager
+async def _journalled(journal: Any, plan: Plan) -> AsyncIterator[Any]:
+    """Keeps the journal open, if there is one; gives what records a run in it."""
+    if journal is None:
+        yield None
+        return
+    await journal.acquire()
+    try:
+        recorder = await journal.record(plan)
+        try:
+            yield recorder
+        finally:
+            await see_through(recorder.close())
+    finally:
+        await see_through(journal.release())
 
 
 def _early_error(shell: RunShell, result: RunResult | None) -> BaseException:

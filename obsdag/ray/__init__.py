@@ -6,6 +6,8 @@ shard       the ordinary engine, fed with batches and asked for answers; no Ray 
 jobs        single tasks on a cluster, from a local executor: `RayCluster`
 cluster     all that is Ray's: connection, actors, what is refused
 fleet       the shards between runs
+contexts    roots, and contexts that shards speak of, as messages
+accepted    the driver's journal: what was accepted, and what became of it
 driver      one run, on the driver's event loop
 executor    `RayExecutor`: opens runs and sees them to their end
 """

@@ -11,8 +11,9 @@ The end of a run, by steps (`close`): 1. shards are told to end, which cancels w
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from obsdag.context import Context, OutputContext
@@ -23,9 +24,11 @@ from obsdag.core.states import OUTCOMES
 from obsdag.errors import ContextError, EncodingError, PoolError
 from obsdag.inputs import as_context
 from obsdag.pools.carry import RemoteFailure, unpack_error
+from obsdag.ray.accepted import accept
 from obsdag.ray.cluster import ShardDied, ShardRaised
+from obsdag.ray.contexts import context_of, seed_of
 from obsdag.ray.sharding import Root, Shard, Sharding
-from obsdag.ray.wire import Batch, Codec, Ended, Made, Seed, decode_answers, encode
+from obsdag.ray.wire import Batch, Codec, Ended, Made, decode_answers, encode
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
@@ -46,7 +49,8 @@ class Driver:
     headers: of the span and the baggage in which it begins (W3C); shards go on with them. open_ended: more may be
     submitted at any time; on_ended: told of each root when all of it is here. counts: `entered` and each outcome, of
     answered roots and what was made from them, `entered` of all. early: why the run ends early, fatal: the error, if
-    any. buffered: outputs that nobody has taken yet. numbers: of the engines of shards that have ended the run.
+    any. buffered: outputs that nobody has taken yet. recorder: of the journal; it gives outputs out after their commit.
+    numbers: of the engines of shards that have ended the run.
     """
 
     def __init__(
@@ -61,6 +65,9 @@ class Driver:
         self.loop = asyncio.get_running_loop()
         self.clock = self.loop.time
         self.started = self.clock()
+        self.epoch = time.time() - self.started
+        self.max_live = config.max_live_contexts
+        self.recorder: Any = None
         self.done: asyncio.Future[None] = self.loop.create_future()
         self.emit: Callable[[OutputContext], None] = _nobody
         self.on_ended: Callable[[Context], None] = _nobody
@@ -105,6 +112,8 @@ class Driver:
 
     def begin(self) -> None:
         """Starts the run on all shards of the fleet."""
+        if self.recorder is not None:
+            self.recorder.attach(self)
         self._await_a_shard()
         if self._fleet.span is not None:
             self._fleet.fit(self._fleet.places())
@@ -148,6 +157,8 @@ class Driver:
         if self._feeding is not None and hasattr(self._feeding, "aclose"):
             await self._feeding.aclose()
         await asyncio.gather(*(self._let_go(member) for member in list(self._members.values())))
+        if self.early and self.recorder is not None:
+            self.recorder.suspend()  # what has no outcome yet is taken up by the next process
         for context in list(self._living):
             self._close(context, "cancelled", None)
             self.on_ended(context)
@@ -289,25 +300,31 @@ class Driver:
         for shard in list(self.sharding.hungry()):
             roots = self._take(shard)
             while roots:
-                batch = Batch([_seed_of(root) for root in roots])
+                batch = Batch([seed_of(root) for root in roots])
                 self._members[shard.name].actor.feed.remote(encode(batch))
                 roots = self._take(shard) if len(roots) == BATCH else []
         if self._feeding is not None:
             full = self.buffered >= self.config.max_live_contexts
             self._budget = 0 if full else sum(map(self.sharding.room, self.sharding.shards.values()))
             self._wanted.set()
-        elif self._inputs is None and not self.open_ended and self.sharding.settled():
+        elif self._inputs is None and not self.open_ended and (self.recorder or self).settled():
             self.done.set_result(None)
 
     def _take(self, shard: Shard) -> list[Root]:
         full = self.buffered >= self.config.max_live_contexts  # whoever takes the outputs is slow
         return [] if full or self.early else self.sharding.take(shard, BATCH)
 
+    def settled(self) -> bool:
+        """Whether all that entered has ended."""
+        return self.sharding.settled()
+
     def pump_soon(self) -> None:
         """`_pump` in this turn of the loop or the next, however often it is asked for."""
         if not self._pumping:
             self._pumping = True
             self.loop.call_soon(self._pump)
+
+    kick = pump_soon  # by the journal: outputs may be out, the run over
 
     def _supply(self) -> Root | None:
         """The next input; None if there is none, or none now."""
@@ -332,23 +349,36 @@ class Driver:
         if self.first_entered is None:
             self.first_entered = self.clock()
         self._living[context] = None
-        self._number += 1
         try:
-            root = self._living[context] = Root(self._number, context, self._codec.encode(context._data))
+            return self._root_of(context, None)
         except EncodingError as error:
             self._fail(context, error)
             return None
+
+    def _root_of(self, context: Context, due: float | None) -> Root:
+        """The context as a root, written down where there is a journal. Raises EncodingError, with nothing changed."""
+        data = self._codec.encode(context._data)
+        if self.recorder is not None:
+            accept(self.recorder, context, self.clock(), due)
+        self._number += 1
+        root = self._living[context] = Root(self._number, context, data)
         return root
+
+    def take_up(self, contexts: Iterable[Context]) -> None:
+        """Roots that an earlier process had accepted, before the run begins."""
+        for context in contexts:
+            self.counts["entered"] += 1
+            self._number += 1
+            root = self._living[context] = Root(self._number, context, self._codec.encode(context._data))
+            self.sharding.queue.append(root)
+        self.first_entered = self.clock()
 
     # --- serving
 
-    def submit(self, context: Context) -> None:
+    def submit(self, context: Context, due: float | None) -> None:
         """A submission is to run. Raises EncodingError if its data cannot cross; nothing is changed then."""
-        data = self._codec.encode(context._data)
+        self.sharding.queue.append(self._root_of(context, due))
         self.counts["entered"] += 1
-        self._number += 1
-        root = self._living[context] = Root(self._number, context, data)
-        self.sharding.queue.append(root)
         self.pump_soon()
 
     def withdraw(self, context: Context, error: BaseException | None) -> None:
@@ -407,32 +437,14 @@ class Driver:
             self._give_out(context, None, context)
         else:
             for made in ended.outputs:
-                self._give_out(self._context_of(made, context, "output"), made, context)
+                self._give_out(context_of(made, context, "output", self._codec), made, context)
         for failing in ended.failures:
-            failed = self._context_of(failing.made, context, "failed")
+            failed = context_of(failing.made, context, "failed", self._codec)
             self._failed(Failure(failed, failing.task, failing.attempts, failing.exception()), context)
         for stalling in ended.stalls:
-            stalled = self._context_of(stalling.made, context, "stalled")
+            stalled = context_of(stalling.made, context, "stalled", self._codec)
             self._stalled(Stall(stalled, stalling.task, tuple(stalling.missing), stalling.reason))
         self.on_ended(context)
-
-    def _context_of(self, made: Made, root: Context, outcome: str) -> Context:
-        """A context that a shard speaks of: the root itself, or one like it that ended there."""
-        if not made.id:
-            return root
-        data = {} if made.data is None else self._codec.decode(made.data)
-        context = Context(root.runtime, data, made.id if made.named else "")
-        context._id, context._outcome = made.id, outcome
-        if context._token is not None:
-            context._token.release()
-        if made.above is not None:
-            child = context
-            for id in made.above:
-                child._parent = Context(None)
-                child = child._parent
-                child._id = id
-            child._parent = root
-        return context
 
     def _give_out(self, context: Context, made: Made | None, root: Context) -> None:
         output = OutputContext(context)
@@ -455,12 +467,16 @@ class Driver:
         for name, number in ({outcome: 1} if counts is None else counts).items():
             self.counts[name] += number
         context._outcome = outcome
+        if self.recorder is not None and getattr(context, "_entry", None) is not None:
+            self.recorder.context_finished(context, outcome, self.clock())
         if context._token is not None:
             context._token.release()
         del self._living[context]
 
     def _failed(self, failure: Failure, root: Context) -> None:
         context = failure.context
+        if self.recorder is not None:
+            self.recorder.context_failed(context, failure, None, self.clock())
         if root._scope is not None:
             root._scope.failures.append(failure)
         context._error = failure.exception
@@ -478,16 +494,6 @@ class Driver:
         self.stalls.append(stall)
         if self.facts.context_stalled is not None:
             self.facts.context_stalled(stall.context, stall, self.clock())
-
-
-def _seed_of(root: Root) -> Seed:
-    context: Context = root.context
-    caller = None
-    if context._trace is not None:
-        from obsdag.telemetry.carrier import caller_of
-
-        caller = caller_of(context)
-    return Seed(root.number, root.token, context.id, bool(context.name), root.data, caller)
 
 
 def _nobody(context: Context) -> None:

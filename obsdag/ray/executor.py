@@ -16,9 +16,10 @@ from obsdag.context import OutputContext
 from obsdag.core.records import Failure, Stall
 from obsdag.core.states import OUTCOMES
 from obsdag.errors import ConfigError
-from obsdag.executor import RunResult, _early_error
+from obsdag.executor import RunResult, _early_error, _journalled
 from obsdag.inputs import Inputs, open_inputs
 from obsdag.mailbox import see_through
+from obsdag.ray.accepted import found
 from obsdag.ray.cluster import Cluster, Settings, carry_dag, is_off
 from obsdag.ray.driver import Driver
 from obsdag.ray.fleet import Fleet
@@ -94,6 +95,8 @@ class RayExecutor:
     these arguments, on a free port unless they name one; `targets` has the addresses. file_sd: a file that lists them
     for Prometheus's `file_sd_configs`, with the label `shard`.
 
+    With a journal, the driver writes down which roots were accepted and what became of them; see `recover`.
+
     A shard that dies is replaced; its roots run again elsewhere, at least once, with one outcome each. Limits are of
     each shard. `async with executor:` keeps connection and shards over several runs. Raises ConfigError, GraphError.
     """
@@ -117,10 +120,10 @@ class RayExecutor:
         self.config = config if config is not None else ExecutorConfig()
         self.codec = Codec(allow_pickle)
         least, span = _read_shards(shards)
-        if self.config.journal is not None or not (self.config.telemetry is None or is_off(self.config)):
+        if not (self.config.telemetry is None or is_off(self.config)):
             raise ConfigError(
-                "RayExecutor has no journal yet, and a telemetry for each shard: RayExecutor(..., telemetry=make), "
-                "where make(shard) returns one"
+                "RayExecutor has a telemetry for each shard: RayExecutor(..., telemetry=make), where make(shard) "
+                "returns one"
             )
         if file_sd is not None and ops is None:
             raise ConfigError("file_sd lists the shards' ops servers: give ops={} to have them, on free ports")
@@ -143,20 +146,39 @@ class RayExecutor:
         """
         result = RunResult()
         async with self._driving(input_context, result) as driver:
-            driver.emit = result.append
-            deadline = self._arm_deadline(driver)
-            try:
-                driver.begin()
-                await driver.done
-            except asyncio.CancelledError as error:
-                driver.end_early("cancelled", error)
-                raise
-            finally:
-                if deadline is not None:
-                    deadline.cancel()
+            await self._wait(driver, result)
         if driver.early:
             raise _early_error(driver, result)  # type: ignore[arg-type]
         return result
+
+    async def recover(self) -> RunResult:
+        """Runs what the journal holds of this DAG without an outcome, from the beginning: shards note no progress.
+
+        Raises ConfigError without a journal, PlanChangedError, JournalError, and as `run`.
+        """
+        if self.config.journal is None:
+            raise ConfigError("there is nothing to recover from: set ExecutorConfig(journal=SQLiteJournal(...))")
+        result = RunResult()
+        async with self._driving([], result) as driver:
+            recovery = await self.config.journal.load(self.plan)
+            driver.take_up(found(driver.recorder, recovery, self.plan))
+            await self._wait(driver, result)
+        if driver.early:
+            raise _early_error(driver, result)  # type: ignore[arg-type]
+        return result
+
+    async def _wait(self, driver: Driver, result: RunResult) -> None:
+        driver.emit = result.append
+        deadline = self._arm_deadline(driver)
+        try:
+            driver.begin()
+            await driver.done
+        except asyncio.CancelledError as error:
+            driver.end_early("cancelled", error)
+            raise
+        finally:
+            if deadline is not None:
+                deadline.cancel()
 
     def run_sync(self, input_context: Inputs = None) -> RunResult:
         """`run` for scripts. Raises RuntimeError inside a running event loop."""
@@ -192,18 +214,20 @@ class RayExecutor:
     @asynccontextmanager
     async def _driving(self, inputs: Inputs, result: RunResult) -> AsyncIterator[Driver]:
         opened = open_inputs(inputs)
-        self._fleet.enter()
-        try:
-            driver = self._open_driver(opened)
+        async with _journalled(self.config.journal, self.plan) as recorder:
+            self._fleet.enter()
             try:
-                yield driver
+                driver = self._open_driver(opened)
+                driver.recorder = recorder
+                try:
+                    yield driver
+                finally:
+                    end = driver.clock()
+                    await see_through(driver.close())
+                    self._retire(driver)
+                    self._note(driver, result, end)
             finally:
-                end = driver.clock()
-                await see_through(driver.close())
-                self._retire(driver)
-                self._note(driver, result, end)
-        finally:
-            await see_through(self._fleet.leave(self.config.shutdown_grace))
+                await see_through(self._fleet.leave(self.config.shutdown_grace))
 
     def _open_driver(self, inputs: Any) -> Driver:
         headers = {}
@@ -289,14 +313,24 @@ class RayExecutor:
             driver.resize()
 
     async def __aenter__(self) -> Self:
-        """Keeps the connection and the shards until the block ends."""
+        """Keeps the connection, the shards, and the journal until the block ends."""
         self._fleet.enter()
+        try:
+            if self.config.journal is not None:
+                await self.config.journal.acquire()
+        except BaseException:
+            await see_through(self._fleet.leave(0.0))
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await see_through(self._fleet.leave(self.config.shutdown_grace))
+        try:
+            await see_through(self._fleet.leave(self.config.shutdown_grace))
+        finally:
+            if self.config.journal is not None:
+                await see_through(self.config.journal.release())
 
 
 def _read_shards(shards: Any) -> tuple[int, tuple[int, float] | None]:

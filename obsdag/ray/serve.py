@@ -7,9 +7,12 @@ the shard that has it is told, and what it says of it afterwards is refused.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from obsdag.durable import Durable
 from obsdag.errors import DeadlineExceeded
+from obsdag.ray.accepted import found
 from obsdag.ray.driver import Driver
 from obsdag.ray.executor import RayExecutor
 from obsdag.serving import Serving
@@ -55,17 +58,23 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
     # --- life
 
     async def start(self) -> Self:
-        """Connects, and starts accepting; shards start meanwhile. Raises ServeError if it is started, ConfigError."""
+        """Connects, and starts accepting; shards start meanwhile. With a journal, what an earlier process accepted runs
+        from its beginning, with tickets. Raises ServeError if it is started, ConfigError, JournalError.
+        """
         self._open()
-        self._signals.take(self._signalled)
+        self._durable = await Durable.of(self.config.journal, self.plan)
         try:
+            self._signals.take(self._signalled)
             self._fleet.enter()
         except BaseException:
             self._signals.release(asyncio.get_running_loop())
+            await self._leave_journal()
             raise
         driver = self._period = self._open_driver(iter(()))
         driver.open_ended, driver.failures_kept, driver.on_ended = True, self.config.failures_kept, self._ended
         try:
+            if self._durable is not None:
+                self._take_up(driver, self._durable)
             driver.begin()
         except BaseException:
             self._signals.release(driver.loop)
@@ -76,6 +85,15 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
         self._set_phase("accepting")
         return self
 
+    def _take_up(self, driver: Driver, durable: Durable) -> None:
+        driver.recorder = durable.recorder
+        epoch = driver.epoch + durable.recovery.behind_s
+        contexts = found(driver.recorder, durable.recovery, self.plan)
+        for context in contexts:
+            entry = context._entry
+            self._give_ticket(driver, context, entry.entered - epoch, None if entry.due is None else entry.due - epoch)
+        driver.take_up(contexts)
+
     def _stories(self, driver: Driver) -> list[dict[str, Any]]:
         now = driver.clock()
         return [
@@ -84,6 +102,8 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
 
     async def _end(self, driver: Driver, result: RunResult) -> None:
         driver.done.remove_done_callback(self._run_ended)  # nobody is surprised by this end
+        if self._tickets.open and self._durable is not None:
+            self._durable.suspend()  # the next process takes it up
         driver.end_early("left" if self._tickets.open else "", None)
         await driver.close()
         result.abandoned = driver.abandoned
@@ -91,7 +111,15 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
     async def _leave(self) -> None:
         if self._period is not None:
             self._retire(self._period)
-        await self._fleet.leave(self.config.shutdown_grace)
+        try:
+            await self._fleet.leave(self.config.shutdown_grace)
+        finally:
+            await self._leave_journal()
+
+    async def _leave_journal(self) -> None:
+        durable, self._durable = self._durable, None
+        if durable is not None:
+            await durable.close()
 
     def _tell(self, fact: str, *arguments: Any) -> None:
         driver = self._period
@@ -102,10 +130,14 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
     # --- submitting
 
     def _accept(self, driver: Driver, context: Context, due: float | None) -> Ticket:
-        driver.submit(context)
-        ticket = _ShardTicket(self, context, driver.clock())
-        self._tickets.add(ticket)
+        driver.submit(context, due)
+        ticket = self._give_ticket(driver, context, driver.clock(), due)
         self._tell("submitted", context)
+        return ticket
+
+    def _give_ticket(self, driver: Driver, context: Context, at: float, due: float | None) -> Ticket:
+        ticket = _ShardTicket(self, context, at)
+        self._tickets.add(ticket)
         if due is not None:
             self._timers[ticket] = driver.loop.call_at(due, self._too_late, ticket)
         return ticket
@@ -118,7 +150,11 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
     def _ended(self, context: Context) -> None:
         """Of a submission and all that was made from it, everything is here."""
         ticket = None if context._scope is None else self._tickets.of_scope(context._scope)
-        if ticket is not None and self._period is not None:
+        if ticket is None or self._period is None:
+            return
+        if self._durable is not None:
+            self._durable.after_commit(partial(self._finish, self._period, ticket))
+        else:
             self._finish(self._period, ticket)
 
     def _finish(self, driver: Driver, ticket: Ticket) -> None:

@@ -161,3 +161,27 @@ quoted = DAG('the "quoted" dag')
 @quoted.task(name='it\'s a "task"')
 def raise_for_two(context: Context) -> Context:
     return context if context["x"] == 1 else raise_two(context)
+
+
+gate = DAG("gate")
+
+
+@gate.task
+async def wait_for_it(context: Context) -> Context:
+    while not os.path.exists(context["gate"]):  # noqa: ASYNC240 - a look at a local file
+        await asyncio.sleep(0.01)
+    return context
+
+
+stepped = DAG("stepped")
+
+
+@stepped.task
+async def first(context: Context) -> Context:
+    return context
+
+
+@stepped.task(after=first)
+async def second(context: Context) -> Context:
+    await asyncio.sleep(3600)
+    return context

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from obsdag import DAG, ConfigError, Context, ExecutorConfig, SQLiteJournal
+from obsdag import DAG, ConfigError, Context, ExecutorConfig, Telemetry
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'obsdag[ray]'")
 from obsdag.ray import RayExecutor
@@ -130,9 +130,11 @@ def test_shards_are_a_number_or_a_span(shards: Any) -> None:
         RayExecutor(dag(), shards=shards)
 
 
-def test_what_it_does_not_do_yet_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="journal"):
-        RayExecutor(dag(), ExecutorConfig(journal=SQLiteJournal(tmp_path / "j.db")))
+async def test_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a telemetry for each shard"):
+        RayExecutor(dag(), ExecutorConfig(telemetry=Telemetry()))
+    with pytest.raises(ConfigError, match="nothing to recover from"):
+        await RayExecutor(dag()).recover()
 
 
 def test_the_dag_of_a_program_run_as_a_module_goes_as_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
