@@ -67,6 +67,7 @@ class Recorder(Observer):
         self._loop = loop if loop is not None else asyncio.get_running_loop()
         self._touched: dict[Context, None] = {}  # whoever is the first in it asks for `_turn_over`
         self._coming = False  # `_turn_over`, before anything new
+        self._urgent = False  # somebody waits for what was touched
         self._refused: list[Context] = []  # their data has no form
         self._sent = self._committed = 0
         self._units: deque[tuple[int, int]] = deque()  # (the writer's number, ours)
@@ -187,6 +188,9 @@ class Recorder(Observer):
         wanted = self._sent + (1 if self._touched else 0)
         if self.error is None and (self._held or self._committed < wanted):
             self._held.append((wanted, callback))
+            self._urgent = True
+            if self._touched and not self._coming:
+                self._ask()
         else:
             callback()
 
@@ -371,20 +375,24 @@ class Recorder(Observer):
         if self._suspended or context._entry.over:
             return
         if not self._touched:
-            self._coming = True
-            self._loop.call_soon(self._turn_over)
+            self._ask()
         self._touched[context] = None
+
+    def _ask(self) -> None:
+        self._coming = True
+        self._loop.call_soon(self._turn_over)
 
     def _turn_over(self) -> None:
         """Hears what was committed, and flushes unless two units are on their way: the next news will do it then.
 
-        The writer has always one to go on with, and what changes meanwhile is one row in the end.
+        The writer has always one to go on with, and what changes meanwhile is one row in the end. Where somebody waits
+        for an answer, as in serving, each turn is a unit: a commit sooner is an answer sooner.
         """
         self._coming = False  # before the news are read: what the writer adds after that wakes the loop
         try:
             while self._news:
                 self._on_committed(*self._news.popleft())
-            if len(self._units) < _UNDER_WAY or len(self._touched) >= _MANY:
+            if self._urgent or len(self._units) < _UNDER_WAY or len(self._touched) >= _MANY:
                 self.flush()
         except Exception as error:  # a bug of obsdag's must not pass for durability
             self._on_failed(JournalError(f"journal {self.journal.path} cannot be written: {error!r}"))
@@ -403,6 +411,7 @@ class Recorder(Observer):
         self.keys.difference_update(over)
         self._over += len(over)
         self._touched.clear()
+        self._urgent = False
         self._sent += 1
         self._units.append((self._writer.put(rows), self._sent))
         self._pace()

@@ -197,10 +197,11 @@ async def test_a_file_that_is_not_where_it_was_ends_the_run(
                 shutil.rmtree(folder)
             elif how == "removed":
                 path.unlink()
+            elif how == "replaced":  # in one step, or it would be gone for a moment
+                (folder / "other.db").write_bytes(b"")
+                (folder / "other.db").replace(path)
             else:
                 path.rename(folder / "elsewhere.db")
-                if how == "replaced":
-                    path.write_bytes(b"")
         await asyncio.sleep(0)
 
     with pytest.raises(JournalError, match="while it was open") as raised:
