@@ -75,6 +75,5 @@ def _slack(plan: Plan, executions: list[Execution], end: float, critical: set[in
         before = [each for each in (*above, execution.released_by) if each is not None and id(each) in slack]
         ready = max((each.ended for each in before), default=execution.started)
         for each in before:
-            if each is not execution:
-                slack[id(each)] = min(slack[id(each)], slack[id(execution)] + max(0.0, ready - each.ended))
+            slack[id(each)] = min(slack[id(each)], slack[id(execution)] + max(0.0, ready - each.ended))
     return slack

@@ -223,17 +223,15 @@ class Joins(Progress):
             self.check_transition()
 
     def _settle(self, context: Context, now: float) -> None:
-        more = context._more
-        if more is not None:
-            if more.arrived:
-                return
-            if more.arrived_at >= 0 and more.lend is not None and self._awaits(more):
-                self._arrive(context, more.lend, now)
-                return
-            if more.lends:
-                self._settle_lends(context, more.lends, now)
-                return
-        self._stall(context, self._diagnose(context), now)
+        more = more_of(context)
+        if more.arrived:
+            return
+        if more.arrived_at >= 0 and more.lend is not None and self._awaits(more):
+            self._arrive(context, more.lend, now)
+        elif more.lends:
+            self._settle_lends(context, more.lends, now)
+        else:
+            self._stall(context, self._diagnose(context), now)
 
     def _awaits(self, more: More) -> bool:
         """Whether a child at a join is waited for: its branch was not handed back, and nothing of its own lives."""
@@ -297,5 +295,4 @@ class Joins(Progress):
         waiting = [child for each in lends for child in each.children if alive(child)]
         self._stall(parent, Stall(parent, task, missing, reason), now)
         for child in waiting:
-            if child._outcome is None:
-                self._stall(child, Stall(child, task, missing, reason), now)
+            self._stall(child, Stall(child, task, missing, reason), now)

@@ -67,12 +67,10 @@ class Lending(Waits):
 
     def _join_lend(self, child: Context, lend: Lend) -> None:
         """Makes a living child of the lending context part of the branch."""
-        more = more_of(child)
-        if more.lend is None:
-            more.lend = lend
-            lend.living += 1
-            if lend.keeps:
-                lend.children.append(child)
+        more_of(child).lend = lend
+        lend.living += 1
+        if lend.keeps:
+            lend.children.append(child)
 
     def _close_lend(self, parent: Context, lend: Lend, last: int, now: float, returned: bool = True) -> None:
         """The branch is handed back at task `last`: it, the lending task and those between are completed (C5).

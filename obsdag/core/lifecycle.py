@@ -136,10 +136,7 @@ class Lifecycle(RunBase):
             self.facts.context_entered(context, kind, context._maker, now)
         if visited:
             context._lane = NEW
-            if ready & self.not_plain:
-                self._offer(context, ready, now)
-            else:
-                context._ready = ready
+            context._ready = ready  # an input's first tasks: neither a join nor the sink
         else:
             self._enter_queue(context, ready, now)
 
@@ -182,11 +179,10 @@ class Lifecycle(RunBase):
             self.timers.cancel(timer)
 
     def _deadline_passed(self, context: Context, now: float) -> None:
-        if context._outcome is None:
-            waited = now - context._entered
-            error = DeadlineExceeded(f"context {context.id!r} did not finish within its deadline ({waited:.3f} s)")
-            self.fail_context(context, error, None, now)
-            self._settle_all(now)
+        waited = now - context._entered
+        error = DeadlineExceeded(f"context {context.id!r} did not finish within its deadline ({waited:.3f} s)")
+        self.fail_context(context, error, None, now)
+        self._settle_all(now)
 
     # --- readiness
 
@@ -228,8 +224,6 @@ class Lifecycle(RunBase):
 
     def _settle_all(self, now: float) -> None:
         """Decides about every context that may have lost its last hold, until nothing changes."""
-        if self._settling:
-            return
         self._settling = True
         try:
             while self._work:
@@ -415,15 +409,9 @@ class Lifecycle(RunBase):
     def _waiting_at(self, context: Context) -> str:
         """The task that a living context is at: running, ready, waiting, or the first that is not completed."""
         plan = self.plan
-        for mask in (
-            context._running,
-            context._ready,
-            context._parked & ~context._done,
-            plan.all_mask & ~context._done,
-        ):
-            if mask:
-                return plan.tasks[(mask & -mask).bit_length() - 1].id
-        return plan.tasks[plan.sink].id
+        parked, left = context._parked & ~context._done, plan.all_mask & ~context._done
+        mask = context._running or context._ready or parked or left  # the sink at least is left while it lives
+        return plan.tasks[(mask & -mask).bit_length() - 1].id
 
     def _diagnose(self, context: Context) -> Stall:
         """Why a context that nothing holds cannot go on (E8)."""
@@ -433,7 +421,7 @@ class Lifecycle(RunBase):
         missing = tuple(plan.names(plan.up[index] & ~context._done))
         if context in self._freezes:
             return Stall(context, task, missing, "it is frozen and nobody thaws it")
-        if missing:
+        if missing:  # pragma: no cover - by the plan's order the first task that waits has its upstreams
             return Stall(context, task, missing, "nothing that still runs can complete them for this context")
         return Stall(context, task, missing, "no execution, timer, wait or child is left that could bring it on")
 

@@ -48,9 +48,7 @@ class Progress(Lending):
         execution.ended = now
         execution.outcome = outcome
         context._running &= ~self.plan.bit[index]
-        executions = context._executions
-        if executions is not None:
-            executions.remove(execution)
+        context._executions.remove(execution)  # type: ignore[union-attr]
         self.active -= 1
         more = context._more
         if more is not None and more.handed:

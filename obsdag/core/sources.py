@@ -215,9 +215,9 @@ class Sources(Joins):
         self._drop_pull(pull)
         lend, context = pull.lend, pull.context
         if lend is not None and not pull.items:
-            more = more_of(context)
-            if more.lends is not None:
-                more.lends.pop(lend.index, None)
+            lends = more_of(context).lends
+            assert lends is not None  # it opened one
+            lends.pop(lend.index, None)
             context._done &= ~self.plan.bit[lend.index]
             self._recompute_parked(context)
             self._offer_lent(context, context._done & lend.mask, self.plan.bit[self.plan.sink], self.clock())

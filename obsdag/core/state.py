@@ -108,9 +108,7 @@ class RunState(Sources):
         context = execution.context
         more = context._more
         if result is context and (more is None or more.plain) and context._outcome is None and execution.grant is None:
-            self._finish_own(execution, context, now)
-            if context._place == IDLE:
-                self._schedule(context, now)
+            self._finish_own(execution, context, now)  # in a visit, whose worker goes on with what is ready
         else:
             self._finish_with(execution, result, now)
         if self._work or self._touched or self._grants or self.debug:
@@ -470,8 +468,7 @@ class RunState(Sources):
         self.cause = None
         self.end_discarded(now)
         for context in list(self.contexts):
-            if context._outcome is None:
-                self._end(context, "cancelled", now)
+            self._end(context, "cancelled", now)
         self._settle_all(now)
 
     def settled(self) -> bool:

@@ -143,8 +143,8 @@ class Waits(Lifecycle):
     def _timer_fired(self, what: tuple[Context, int, str], now: float) -> None:
         context, index, kind = what
         more = more_of(context)
-        if more.timers is not None:
-            more.timers.pop(index, None)
+        assert more.timers is not None  # an end cancels them
+        del more.timers[index]
         self._unpark(context, more, index, kind)
         self._offer_again(context, index)
         self._schedule(context, now)
@@ -242,8 +242,7 @@ class Waits(Lifecycle):
 
     def _stall_frozen(self, now: float) -> None:
         for context in list(self._freezes):
-            if context._outcome is None:
-                self._stall(context, self._diagnose(context), now)
+            self._stall(context, self._diagnose(context), now)
         self._settle_all(now)
 
     def _discard(self, context: Context, now: float, task: Task | None = None) -> None:

@@ -574,9 +574,9 @@ async def test_T13_a_retry_starts_only_when_it_has_really_returned(engine: Engin
         story.append(f"out {attempt}")
         return ctx
 
-    dag.task(stay, name="stay", timeout=0.02, retry_times=1)
+    dag.task(stay, name="stay", timeout=0.3, retry_times=1)  # enough for the second attempt on a loaded machine
     chain(dag, log, "end", after="stay")
-    asyncio.get_running_loop().call_later(0.06, go.set)
+    asyncio.get_running_loop().call_later(0.6, go.set)
     result = await engine.run(dag)
     assert story == ["in 1", "out 1", "in 2", "out 2"]
     assert len(log) == 1
