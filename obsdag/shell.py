@@ -196,12 +196,10 @@ class RunShell(Mailbox):
         if run.queue.size:
             self._wake_takers()
         if self.free:
-            pulls = run.queue.loop or run.rooms
-            if (
-                run.queue.size
-                or (self.inputs is not None and run.has_room)
-                or (pulls and (run.has_room or not run.moving()))
-            ):
+            room = run.has_room
+            # Without room, what is in the lane goes to those that wait for some, and gives up its permits.
+            pulls = run.queue.loop or (run.rooms and (room or not run.moving()))
+            if run.queue.size or pulls or (self.inputs is not None and room):
                 self.wake_worker()
         if self.feeding is not None and run.has_room:
             self.wanted.set()

@@ -75,12 +75,21 @@ class Sources(Joins):
             if not self._pullable(marker):
                 continue
             if not self.has_room:
-                more_of(marker.pull.context).room |= self.plan.bit[marker.pull.index]
-                self.rooms.append(marker)
-                self._restate(marker.pull.context, now)
+                self._wait_for_room(marker, now)
             elif self._permitted(marker, now):
                 return marker
         return self._deepest(now) if self.rooms and not self.moving() else None
+
+    def _wait_for_room(self, marker: LoopContext, now: float) -> None:
+        """It keeps no permit from others meanwhile: those that take the room may wait for just that."""
+        context, index = marker.pull.context, marker.pull.index
+        more = more_of(context)
+        request = more.requests.pop(index, None) if more.requests else None
+        if request is not None:
+            self.closings.extend(self.runtime.limits.release(request, now, unused=True))
+        more.room |= self.plan.bit[index]
+        self.rooms.append(marker)
+        self._restate(context, now)
 
     def _permitted(self, marker: LoopContext, now: float) -> bool:
         """Each item takes the task's permits anew (T7, T14); without them the marker comes back when they are there."""

@@ -417,9 +417,8 @@ class Steps:
         if self.stopped:
             return
         if self._free:
-            pulls = run.queue.loop or run.rooms
-            room = run.has_room
-            if run.queue.size or (self.inputs is not None and room) or (pulls and (room or not run.moving())):
+            room, pulls = run.has_room, run.queue.loop or (run.rooms and (run.has_room or not run.moving()))
+            if run.queue.size or pulls or (self.inputs is not None and room):
                 self._wake_worker()
         if not run.busy_workers:
             self._rest()

@@ -23,8 +23,10 @@ from obsdag import (
     StopContext,
     TaskError,
 )
+from obsdag.core.critical import critical_executions
 from obsdag.core.observer import Facts
 from obsdag.core.queue import TimerHeap
+from obsdag.core.records import Scope
 from obsdag.core.restoring import Saved, restore
 from obsdag.core.state import RunState
 from obsdag.testing import sleep
@@ -281,6 +283,37 @@ def test_T14_each_item_of_a_map_takes_the_permits_anew() -> None:
         assert simulation.now >= 12  # one permit, and six items and six executions of a second each
 
 
+def test_E16_a_map_that_waits_for_room_keeps_no_permit_from_those_that_take_the_room() -> None:
+    dag = DAG()
+    limit = ConcurrencyLimit(1)
+
+    @dag.task
+    async def lends(ctx: Context) -> Any:
+        if ctx["n"] == 0:
+            first.append(ctx)
+            await sleep(6.0)
+            return ctx.create_child()
+        return [ctx, *first]
+
+    @dag.task(kind="map", limiter=limit, after=lends)
+    async def spread(ctx: Context) -> Any:
+        for n in range(4):
+            yield {"item": n}
+            await sleep(1.0)
+
+    @dag.task(after=spread, limiter=limit)
+    async def work(ctx: Context) -> Context:
+        await sleep(1.0)
+        return ctx
+
+    first: list[Context] = []
+    for seed in range(60):
+        first.clear()
+        settings = {"context_worker_num": 3, "max_live_contexts": 4 + seed % 3}
+        counts = Simulation(dag, [{"n": n} for n in range(4)], seed=seed, **settings).finish().counts
+        assert counts["entered"] == sum(counts.values()) - counts["entered"]
+
+
 # --- what observers do that they should not
 
 
@@ -360,6 +393,53 @@ async def test_E11_what_is_kept_readable_is_no_part_of_a_ticket_that_is_done() -
         ticket = await executor.submit({"nothing": None})
         with pytest.raises(NoOutputError):
             await ticket.result(timeout=10)
+
+
+# --- places in the queue
+
+
+def beside(*names: str, **settings: Any) -> RunState:
+    """A run of tasks side by side, driven by hand."""
+    dag = DAG()
+
+    async def it(ctx: Context) -> Context:
+        return ctx
+
+    for name in names:
+        dag.task(it, name=name)
+    dag.build()
+    assert dag.plan is not None
+    return RunState(dag.plan, ExecutorConfig(**settings), Runtime(), lambda: 0.0)
+
+
+def begun(run: RunState, context: Context, number: int = 1) -> list[Any]:
+    run.accept(context, 0.0)
+    assert run.take(0, 0.0) is context
+    return [run.begin(context, 0.0, 0) for _ in range(number)]
+
+
+def test_E11_a_context_that_is_discarded_while_it_is_queued_has_no_place_any_more() -> None:
+    run, context = beside("slow", "other", enable_context_gc=False), Context()
+    (slow,) = begun(run, context)
+    run.leave(context, 0, 0.0, 0.0)
+    assert run.queue_lengths() == (1, 0, 0)
+    run.finish(slow, None, 1.0)
+    assert run.queue_lengths() == (0, 0, 0)
+    assert run.settled()
+    run.close(2.0)
+    assert run.counts["dropped"] == 1
+
+
+def test_T1_a_context_whose_ready_task_another_completed_waits_for_no_worker() -> None:
+    run, one, other = beside("slow", "task"), Context(), Context()
+    _, task = begun(run, one, 2)
+    (slow,) = begun(run, other)
+    run.leave(other, 0, 0.0, 0.0)
+    assert run.queue_lengths() == (1, 0, 0)
+    run.finish(task, [one, other], 1.0)
+    assert run.queue_lengths() == (0, 0, 0)
+    run.finish(slow, other, 2.0)
+    assert (other.outcome, one.outcome) == ("output", None)
 
 
 # --- what a task may return
@@ -533,6 +613,139 @@ def test_restored_contexts_have_their_deadline_their_waits_and_their_place() -> 
     simulation.later("thaw", frozen.thaw)
     counts = simulation.finish().counts
     assert counts["entered"] == sum(counts.values()) - counts["entered"]
+
+
+def test_restored_contexts_that_need_nothing_more_end_at_once_and_count_in_their_scope() -> None:
+    simulation = Simulation(one_task(0.0), [])
+    run, plan = simulation.run, simulation.plan
+    done, late = Context(name="done"), Context(name="late")
+    done._scope = scope = Scope(lambda _: None)
+    source = plan.bit[plan.source]
+    saved = [
+        Saved(done, done=source | plan.bit[plan.index["it"]]),
+        Saved(late, done=source, waits={plan.index["it"]: (-1.0, "retry")}),  # due long ago
+    ]
+    restore(run, saved, 0.0)
+    assert (done.outcome, scope.living, len(scope.outputs)) == ("output", 0, 1)
+    assert simulation.finish().counts["output"] == 2
+
+
+def test_E8_children_of_a_branch_that_wait_at_different_joins_are_stalled_and_named() -> None:
+    dag = DAG()
+
+    @dag.task(kind="map")
+    async def spread(ctx: Context) -> list[dict[str, int]]:
+        return [{"n": 0}, {"n": 1}]
+
+    @dag.task(kind="router", after=spread)
+    async def choose(ctx: Context) -> str:
+        return ["left", "right"][ctx["n"]]
+
+    @dag.task(after=choose)
+    async def left(ctx: Context) -> Context:
+        return ctx
+
+    @dag.task(after=choose)
+    async def right(ctx: Context) -> Context:
+        return ctx
+
+    @dag.task(kind="join", after=left)
+    async def one(parent: Context, children: list[Context]) -> Context:
+        return parent
+
+    @dag.task(kind="join", after=right)
+    async def two(parent: Context, children: list[Context]) -> Context:
+        return parent
+
+    stalled = Simulation(dag).finish().stalled
+    assert len(stalled) == 3
+    assert all("wait at different joins: " in stall.reason for stall in stalled)
+
+
+def test_C12_a_source_that_gives_what_ended_in_another_run_gives_nothing() -> None:
+    theirs = Context()
+    Simulation(one_task(), [theirs]).finish()
+    theirs._run = None
+    dag = DAG()
+
+    @dag.task(kind="loop")
+    async def gives(ctx: Context) -> Any:
+        yield theirs
+        yield ctx.create()
+
+    assert Simulation(dag).finish().counts["output"] == 1
+
+
+def test_T3_a_frozen_context_kept_at_two_tasks_and_returned_by_another_is_given_out_once() -> None:
+    dag = DAG()
+    first: list[Context] = []
+
+    async def keep(ctx: Context) -> Context | None:
+        if ctx["n"] == 0:
+            ctx.freeze()
+            first.append(ctx)
+            return None
+        await sleep(3.0)
+        return ctx
+
+    dag.task(keep, name="one")
+    dag.task(keep, name="two")
+
+    @dag.task
+    async def returns(ctx: Context) -> Any:
+        await sleep(ctx["n"] * 9.0)
+        return [ctx, first[0]] if ctx["n"] else ctx
+
+    settings: dict[str, Any] = {"context_worker_num": 2, "task_worker_num": 0, "choose": lambda _: 0}
+    assert Simulation(dag, [{"n": 0}, {"n": 1}], **settings).finish().counts["output"] == 2
+
+
+def test_a_root_that_ended_before_its_first_execution_has_no_critical_path() -> None:
+    class Paths(Observer):
+        needs_slack = True
+
+        def context_finished(self, context: Context, outcome: str, now: float) -> None:
+            assert context._run is not None
+            paths.append([*context._run.critical_path(context), *critical_executions(context)])
+
+    paths: list[Any] = []
+    context = Context()
+    context.freeze()
+    simulation = Simulation(one_task(), [context], observers=(Paths(),))
+    until(simulation, lambda: simulation.run.living == 1)
+    context.destroy()
+    simulation.finish()
+    assert paths == [[]]
+
+
+def test_E6_a_failure_says_where_and_after_how_many_attempts() -> None:
+    dag = DAG()
+
+    @dag.task
+    async def fails(ctx: Context) -> Context:
+        raise ValueError("no") if ctx["text"] else ValueError
+
+    failures = Simulation(dag, [Context(data={"text": n}, name=f"c{n}") for n in range(2)]).finish().failures
+    assert sorted(map(str, failures)) == [
+        "context 'c0' failed at task 'fails' after 1 attempt(s): ValueError",
+        "context 'c1' failed at task 'fails' after 1 attempt(s): ValueError: no",
+    ]
+
+
+async def test_S1_a_ticket_has_all_that_came_of_its_context() -> None:
+    dag = DAG()
+
+    @dag.task
+    async def parts(ctx: Context) -> Any:
+        if ctx["n"] < 0:
+            raise ValueError(ctx["n"])
+        return ctx.create_child(ctx["n"])
+
+    async with ServeExecutor(dag) as executor:
+        ticket, failing = await executor.submit({"n": 2}), await executor.submit({"n": -1})
+        assert len(await ticket.results(timeout=10)) == 2
+        with pytest.raises(Exception, match="-1"):
+            await failing.result(timeout=10)
 
 
 RARE = {
