@@ -165,10 +165,10 @@ async def test_E11_without_gc_they_stay_living_and_readable_until_the_run_ends(w
 async def test_E11_what_is_kept_is_living_by_the_counts_and_takes_no_room() -> None:
     seen: list[Context] = []
     executor = make(discarding(seen), 1, max_live_contexts=2, enable_context_gc=False)
-    async with executor.stream(numbered(40)) as outputs:
+    async with executor.stream(numbered(41)) as outputs:  # the last one of them is the last to come out
         kept = [executor.stats()["living"] async for _ in outputs]
-    assert kept[-1] == 40  # neither dropped nor replaced ones have ended while the run goes on
-    assert_counts(outputs.counts, output=20, split=20, dropped=20)
+    assert kept[-1] == 41  # neither dropped nor replaced ones have ended while the run goes on
+    assert_counts(outputs.counts, output=21, split=21, dropped=20)
 
 
 # --- E12
