@@ -214,10 +214,11 @@ class Joins(Progress):
         if self._settling:
             return
         while self._work or self._touched or self._grants:
-            self.take_grants(now)
             while self._touched:
                 self._try_join(self._touched.pop(), now)
             super()._settle_all(now)
+            if not self._touched:
+                self.take_grants(now)  # last: who ends in this transition, too, is given no permit
         self.cause = None
         if self.debug:
             self.check_transition()

@@ -249,6 +249,7 @@ class Sources(Joins):
             for pull in more.pulls.values():
                 if pull.state == "frozen":
                     pull.state = "waiting"
+                    self._leave_room(pull.marker)
                     self.queue.loop.append(pull.marker)
         super()._end_freeze(context, now)
 

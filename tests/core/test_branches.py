@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from obsdag.core.queue import TimerHeap
 from obsdag.core.records import Scope
 from obsdag.core.restoring import Saved, restore
 from obsdag.core.state import RunState
+from obsdag.core.states import OUTCOMES
 from obsdag.testing import sleep
 from obsdag.testing.simulation import Simulation
 from tests.simulation.scenarios import make_scenario, mix, play
@@ -681,11 +682,11 @@ def test_T3_a_frozen_context_kept_at_two_tasks_and_returned_by_another_is_given_
     first: list[Context] = []
 
     async def keep(ctx: Context) -> Context | None:
+        await sleep(3.0)  # both have begun
         if ctx["n"] == 0:
             ctx.freeze()
             first.append(ctx)
             return None
-        await sleep(3.0)
         return ctx
 
     dag.task(keep, name="one")
@@ -748,7 +749,68 @@ async def test_S1_a_ticket_has_all_that_came_of_its_context() -> None:
             await failing.result(timeout=10)
 
 
+def test_C10_the_sink_is_reached_beside_a_task_whose_follower_another_completed() -> None:
+    dag = DAG()
+    log: list[str] = []
+
+    @dag.task
+    async def slow(ctx: Context) -> Context:
+        await sleep(1.0 if ctx.id == "a" else 50.0)
+        log.append(f"slow {ctx.id}")
+        return ctx
+
+    @dag.task(after=slow)
+    async def hand(ctx: Context) -> list[Context]:
+        return [ctx, other]
+
+    @dag.task
+    async def beside(ctx: Context) -> Context:
+        await sleep(5.0)
+        return ctx
+
+    other = Context(name="b")
+    settings: dict[str, Any] = {"context_worker_num": 2, "task_worker_num": 0, "choose": lambda _: 0}
+    result = Simulation(dag, [Context(name="a"), other], **settings).finish()
+    assert result.counts["output"] == 2
+    assert log == ["slow a"]  # the other's was stopped
+
+
+def test_T7_a_branch_that_is_lent_late_lets_an_open_map_below_it_wait_on_for_its_permit() -> None:
+    dag, limit = DAG(), ConcurrencyLimit(1)
+    late = Context(name="late")
+
+    @dag.task
+    async def lend(ctx: Context) -> Any:
+        if ctx is not late:
+            return [ctx, late]  # completes it for both, while it still runs on the late one
+        await sleep(10.0)
+        return ctx.create_child()
+
+    @dag.map(after=lend, limiter=limit)
+    async def parts(ctx: Context) -> AsyncIterator[Any]:
+        if ctx is late:
+            yield {"n": 1}
+            await sleep(5.0)
+            yield {"n": 2}
+
+    @dag.task
+    async def before(ctx: Context) -> Context:
+        await sleep(3.0)
+        return ctx
+
+    @dag.task(after=before, limiter=limit)
+    async def hold(ctx: Context) -> Context:
+        await sleep(0.0 if ctx is late else 30.0)
+        return ctx
+
+    settings: dict[str, Any] = {"context_worker_num": 4, "task_worker_num": 0, "choose": lambda _: 0}
+    counts = Simulation(dag, [Context(name="first"), late], **settings).finish().counts
+    assert counts["entered"] == sum(counts[name] for name in OUTCOMES)
+    assert counts["stalled"] == counts["failed"] == 0
+
+
 RARE = {
+    6: "E9: an execution that ends after its root is no part of the records of that",
     1035: "E12: a task that is skipped above its maker is skipped for what is made without bypass",
     1118: "C5: a context that reaches the sink by the short way may be the last that its parent waited for",
     1401: "E16: all pulls that wait for room are frozen when nothing else goes on",

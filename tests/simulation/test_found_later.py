@@ -37,6 +37,8 @@ SEEDS = {
     598: "T3: who thaws a kept context drops it in the name of the task that kept it",
     6899: "E4: a context has not waited in the queue as long as a loop of it had run",
     30066533: "E8: what a return thaws is settled with the rest of it, not in the middle",
+    40410271: "C9: a pull that was frozen while it waited for room waits for none any more when it is thawed",
+    40716777: "T7: who ends in the transition that gives permits back is not told of one first",
     138646: "C10: a join that was completed by a handing back is not called when its delay has passed",
 }
 
