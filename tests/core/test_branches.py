@@ -719,6 +719,23 @@ def test_a_root_that_ended_before_its_first_execution_has_no_critical_path() -> 
     assert paths == [[]]
 
 
+def test_the_records_of_a_root_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Records(Observer):
+        needs_slack = True
+
+        def context_finished(self, context: Context, outcome: str, now: float) -> None:
+            run: Any = context._run
+            kept.append([execution.task.id for execution in run.records[context]])
+
+    kept: list[list[str]] = []
+    monkeypatch.setattr("obsdag.core.progress.RECORDS_PER_ROOT", 2)
+    dag, names = DAG(), ["one", "two", "three"]
+    for above, name in zip(["", *names], names, strict=False):
+        dag.task(lambda ctx: ctx, name=name, kind="foreground", after=above or ())
+    Simulation(dag, observers=(Records(),)).finish()
+    assert kept == [["one", "two"]]
+
+
 def test_E6_a_failure_says_where_and_after_how_many_attempts() -> None:
     dag = DAG()
 
@@ -810,7 +827,7 @@ def test_T7_a_branch_that_is_lent_late_lets_an_open_map_below_it_wait_on_for_its
 
 
 RARE = {
-    6: "E9: an execution that ends after its root is no part of the records of that",
+    6: "E9: an execution that ends after its root is no part of the records of it",
     1035: "E12: a task that is skipped above its maker is skipped for what is made without bypass",
     1118: "C5: a context that reaches the sink by the short way may be the last that its parent waited for",
     1401: "E16: all pulls that wait for room are frozen when nothing else goes on",
