@@ -107,6 +107,10 @@ class Durable:
         """Calls back when what has happened until now is committed, or can never be."""
         self._recorder.after_commit(callback)
 
+    def enter(self, ticket: Ticket, now: float) -> None:
+        """What it covers is in the run, if it was held back from it since it may kill the process."""
+        self._recorder.end_trial(ticket.context, now)
+
     # --- what an earlier process had accepted
 
     def attach(self, shell: RunShell, tickets: TicketBook, desk: Any) -> None:

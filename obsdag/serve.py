@@ -156,6 +156,8 @@ class ServeExecutor(Serving["RunShell"], Executor):
         """A pending one enters, only to end: every accepted context is accounted for (C9)."""
         if self._pending.pop(ticket, self) is None:
             shell.run.accept(ticket.context, now)
+        elif self._durable is not None:
+            self._durable.enter(ticket, now)
 
     def _deadline_passed(self, ticket: Ticket, now: float) -> None:
         shell, context = self._period, ticket.context

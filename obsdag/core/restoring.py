@@ -94,6 +94,8 @@ def _register(run: RunState, saved: Saved, now: float) -> None:
         holder._holds += 1
     else:
         context._ledger = ()
+        if saved.deadline is None and run.context_deadline is not None:  # it was not in a run yet, or is tried again
+            saved.deadline = now + run.context_deadline
     if saved.deadline is not None:
         run.set_deadline(context, saved.deadline)
     if run.facts.context_entered is not None:

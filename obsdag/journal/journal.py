@@ -154,9 +154,11 @@ class SQLiteJournal:
         return self.writer.depth if self.writer is not None else 0
 
     def open_writer(self) -> Writer:
-        """The writer. Raises JournalError while the journal is not open."""
+        """The writer. Raises JournalError while the journal is not open, and once it has failed."""
         if self.writer is None:
             raise JournalError(f"journal {self.path} is not open")
+        if self.writer.error is not None:
+            raise self.writer.error
         return self.writer
 
     async def record(self, plan: Plan) -> Recorder:

@@ -77,6 +77,7 @@ class Recorder(Observer):
         self._idle: asyncio.Future[None] | None = None
         self._trials: deque[list[Saved]] = deque()
         self._tried: list[Context] = []
+        self._moved: set[Context] = set()  # see Recovery; each is written down when it is in the run
         self._suspended = self._slowed = self._restoring = False
         self._over = 0  # contexts that ended since it was pruned
         self._pruning: Future[None] = Future()
@@ -113,8 +114,11 @@ class Recorder(Observer):
             tree = saved.context._entry.tree
             trials.setdefault(tree, []).append(saved) if tree in recovery.suspects else calm.append(saved)
         self._trials.extend(trials.values())
+        self._moved = recovery.moved
         self._restore(shell, calm, now)
         for context in recovery.culprits:
+            if context._outcome is not None:
+                continue  # it ended with one above it
             times = context._entry.crashes
             error = JournalError(f"context {context.id!r} was running {times} times in a row when the process died")
             shell.run.fail_context(context, error, None, now)
@@ -134,6 +138,9 @@ class Recorder(Observer):
             restore(shell.run, saved, now)
         finally:
             self._restoring = False
+        for context in [each.context for each in saved if each.context in self._moved] if self._moved else ():
+            self._moved.remove(context)
+            self._touch(context)
 
     def _next_trial(self) -> None:
         """Trees of which one was running when the process died, repeatedly, go on alone: the innocent are cleared."""
@@ -145,6 +152,14 @@ class Recorder(Observer):
             self._restore(shell, saved, now)
             shell.run.dirty = True
             self._loop.call_soon(shell.pump)
+
+    def end_trial(self, context: Context, now: float) -> None:
+        """A tree that waits for its trial enters, only to end: its ticket's deadline has passed, or it is cancelled."""
+        for saved in self._trials:
+            if saved[0].context._entry.tree == context._entry.tree and self._shell is not None:
+                self._trials.remove(saved)
+                self._restore(self._shell, saved, now)
+                return
 
     def suspend(self) -> None:
         """The run ends early: what it has reached is written down, what ends from here on is not."""
@@ -341,6 +356,8 @@ class Recorder(Observer):
                 entry.crashes = 0
         elif outcome == "cancelled" or outcome == "interrupted":
             return
+        else:
+            entry.started = False  # it did not kill the process this time, and may wait for long
         if context not in self._touched:
             self._touch(context)
 

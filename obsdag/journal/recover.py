@@ -36,7 +36,7 @@ class Recovery:
     """Contexts of a journal, ready to be put into a run: `saved`, in order of key.
 
     culprits: those that were running too often when the process died. suspects: trees of some that were, repeatedly.
-    outputs: ended ones that were given out, or were about to be. behind_s: by how much the clock is behind the latest
+    moved: those that are written down for the DAG as it was, or was called, before. behind_s: by how much the clock is behind the latest
     time in the file: it was set back, and waits would become so much longer. took_s: to read them.
     """
 
@@ -45,7 +45,7 @@ class Recovery:
         self.times: dict[Context, tuple[Rare, float]] = {}
         self.culprits: list[Context] = []
         self.suspects: set[int] = set()
-        self.outputs: list[Context] = []
+        self.moved: set[Context] = set()
         self.behind_s = self.took_s = 0.0
 
     @property
@@ -95,8 +95,10 @@ def load(
     rows = list(store.rows("tree IN (SELECT tree FROM contexts WHERE outcome IS NULL)"))
     wanted = {row.tree for row in rows if row.outcome is None and row.key not in taken and row.plan in translations}
     rows = [row for row in rows if row.tree in wanted and row.key not in taken]
+    for number in {row.plan for row in rows} - translations.keys():  # of before a renaming: the tree has moved since
+        translations[number] = _Translation(store.plans()[number], plan, tasks)
     for row in rows:
-        _refuse_changed(translations.get(row.plan), plan)
+        _refuse_changed(translations[row.plan], plan)
     if not rows:
         _refuse_renamed(store, plan, dags)
     builder = _Builder(store.tokens(), plan, codec, translations, max_crashes)
@@ -112,11 +114,16 @@ def load(
 
 
 class _Translation:
-    """Old masks and indices to those of the plan now; `differences` that nobody has answered for."""
+    """Old masks and indices to those of the plan now; `differences` that nobody has answered for. described: a row of
+    `plans`. same: they are those of now; moved: they, or the DAG's name, are not.
+    """
 
-    def __init__(self, old: Sequence[Sequence[Any]], plan: Plan, tasks: TaskNames | None) -> None:
+    def __init__(self, described: tuple[str, str, str], plan: Plan, tasks: TaskNames | None) -> None:
+        _, dag, listed = described
+        old: Sequence[Sequence[Any]] = json.loads(listed)
         names = tasks or {}
         self.same = [list(each) for each in old] == describe_plan(plan)
+        self.moved = not self.same or dag != plan.name
         self.differences = [] if self.same else _differences(old, plan, names, tasks is not None)
         self.index: dict[int, int] = {}
         for number, (name, *_) in enumerate(old):
@@ -145,9 +152,9 @@ def _translations(
 ) -> dict[int, _Translation]:
     """Of each plan in the journal that is of a DAG of this name, now."""
     found: dict[int, _Translation] = {}
-    for number, (_, dag, described) in store.plans().items():
-        if dags.get(dag, dag) == plan.name:
-            found[number] = _Translation(json.loads(described), plan, tasks)
+    for number, described in store.plans().items():
+        if dags.get(described[1], described[1]) == plan.name:
+            found[number] = _Translation(described, plan, tasks)
     return found
 
 
@@ -177,8 +184,8 @@ def _listed(names: Collection[str]) -> str:
     return ", ".join(map(repr, sorted(names))) or "nothing"
 
 
-def _refuse_changed(translation: _Translation | None, plan: Plan) -> None:
-    if translation is not None and translation.differences:
+def _refuse_changed(translation: _Translation, plan: Plan) -> None:
+    if translation.differences:
         raise PlanChangedError(
             f"DAG {plan.name!r} has changed since its contexts were journalled: {'; '.join(translation.differences)}. "
             "Say what became of its tasks: recover(tasks={'old id': 'new id', 'gone': None}), {} if only new ones came",
@@ -247,6 +254,8 @@ class _Builder:
         self.recovery.saved.append(saved)
         if row.outcome is None:
             self._suspect(context, entry, body)
+            if self._translations[row.plan].moved:
+                self.recovery.moved.add(context)
 
     def _data(self, row: Row) -> dict[str, Any]:
         try:
@@ -279,8 +288,6 @@ class _Builder:
         if body.failed is not None and row.outcome == "failed":
             context._error = RemoteError(f"{body.failed.kind}: {body.failed.text}")
             more_of(context).why = body.failed.task
-        if row.outcome == "output":
-            self.recovery.outputs.append(context)
 
     def _suspect(self, context: Context, entry: Entry, body: Body) -> None:
         entry.suspect = True

@@ -99,9 +99,11 @@ class Writer:
         return self.depth > self._inbox_rows
 
     def listen(self, listener: Listener) -> None:
-        """Tells `listener` of commits from now on."""
+        """Tells `listener` of commits from now on; of the failure, too, if that has come already."""
         with self._wake:
             self._listeners.append(listener)
+        if self.error is not None:
+            listener.failed(self.error)
 
     def leave(self, listener: Listener) -> None:
         """Tells it nothing more."""
