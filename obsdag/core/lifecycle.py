@@ -345,6 +345,7 @@ class Lifecycle(RunBase):
         if context._place == QUEUED:
             self.queue.forget(context)
         self._forget_freeze(context)
+        self._forget_deadline(context)
         if context._running:
             self._cancel_executions(context)
         self._close_more(context, outcome, now)

@@ -42,6 +42,15 @@ class Progress(Lending):
         if more is not None and more.released:
             execution.released_by = more.released.pop(execution.index, execution.released_by)
 
+    def _stay_exempt(self, execution: Execution) -> None:
+        """Where its context has ended, a ticket waits for what the execution returns (S1) until `_end_execution`. Else
+        what ends its context later cancels it.
+        """
+        context = execution.context
+        execution.exempt = context._outcome is not None and execution in (context._executions or ())
+        if execution.exempt and context._scope is not None:
+            context._scope.living += 1
+
     def _end_execution(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
         """Every way out of an execution comes through here once (T8): counts, permits, the fact."""
         context, index = execution.context, execution.index
@@ -56,6 +65,8 @@ class Progress(Lending):
             self._restate(context, now)  # the others may all wait
         if execution.grant is not None and not execution.abandoned:
             self._release_grant(execution, now)
+        if execution.exempt and context._scope is not None:
+            self._leave_scope(context._scope)
         self._count(execution, outcome, error, now)
         if not context._running and (context._outcome is not None or context._state == _DISCARDED):
             self._work.append(context)

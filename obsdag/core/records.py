@@ -250,7 +250,8 @@ class Pull:
 class Scope:
     """All that was made from one submitted context, by children or by replacement (S1).
 
-    living: contexts of it that have not ended. outputs, failures: what came of it.
+    living: contexts of it that have not ended, and executions that destroyed their own (C8). outputs, failures: what
+    came of it.
     """
 
     __slots__ = ("failures", "living", "on_done", "outputs")

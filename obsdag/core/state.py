@@ -439,12 +439,13 @@ class RunState(Sources):
         """
         if context._outcome is None and context._state != _DISCARDED:
             self.cause = caller
-            if caller is not None:
-                caller.exempt = True
+            spared = caller if caller is not None and not caller.exempt else None
+            if spared is not None:
+                spared.exempt = True
             self._collect(context, "dropped", "destroyed", now)
             self._cascade(context, now)
-            if caller is not None:
-                caller.exempt = False  # what ends its context later cancels it
+            if spared is not None:
+                self._stay_exempt(spared)
             self._settle_all(now)
 
     def cancel(self, context: Context, now: float) -> None:

@@ -36,8 +36,8 @@ class Recovery:
     """Contexts of a journal, ready to be put into a run: `saved`, in order of key.
 
     culprits: those that were running too often when the process died. suspects: trees of some that were, repeatedly.
-    moved: those that are written down for the DAG as it was, or was called, before. behind_s: by how much the clock is behind the latest
-    time in the file: it was set back, and waits would become so much longer. took_s: to read them.
+    moved: those that are written down for the DAG as it was, or was called, before. behind_s: by how much the clock is
+    behind the latest time in the file: it was set back, and waits would become so much longer. took_s: to read them.
     """
 
     def __init__(self) -> None:

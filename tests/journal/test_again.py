@@ -1,4 +1,4 @@
-"""A second death: what was taken up once and cut off again, processes that die again and again, a journal that failed."""
+"""A second death: what was taken up once and cut off again, processes that die repeatedly, a journal that failed."""
 
 from __future__ import annotations
 
@@ -132,7 +132,8 @@ def test_an_attempt_that_failed_is_not_running_when_the_process_dies_later(tmp_p
     cut_off(executor(path), 20)  # it waits for its second attempt
     (row,) = outcomes(path)
     body = msgspec.msgpack.decode(row.body, type=Body)
-    assert body.rare is not None and list(body.rare.attempts.values()) == [1]
+    assert body.rare is not None
+    assert list(body.rare.attempts.values()) == [1]
     assert not body.started
 
 

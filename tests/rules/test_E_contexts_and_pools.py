@@ -162,6 +162,13 @@ async def test_E11_without_gc_they_stay_living_and_readable_until_the_run_ends(w
 
 
 @virtual
+async def test_E11_no_deadline_ends_what_is_only_kept_readable() -> None:
+    seen: list[Context] = []
+    result = await execute(discarding(seen), [{"n": 1}, {"n": 2}], 4, enable_context_gc=False, context_deadline=5.0)
+    assert_counts(result, dropped=1, split=1, failed=1)
+
+
+@virtual
 async def test_E11_what_is_kept_is_living_by_the_counts_and_takes_no_room() -> None:
     seen: list[Context] = []
     executor = make(discarding(seen), 1, max_live_contexts=2, enable_context_gc=False)

@@ -54,6 +54,28 @@ async def test_S1_a_failure_is_raised_from_its_cause() -> None:
     assert caught.value.error_info.error_node == "sleep"
 
 
+@virtual
+async def test_S1_a_ticket_covers_what_its_task_returns_after_it_destroyed_the_context() -> None:
+    dag = DAG()
+
+    @dag.task
+    async def replace(ctx: Context) -> Context:
+        ctx.create().destroy()
+        ctx.destroy()
+        ctx.destroy()
+        await asyncio.sleep(1)
+        if ctx["n"] == 2:
+            raise ValueError("nobody hears of it")
+        return ctx.create(copy_data=True)
+
+    async with serve(dag) as executor:
+        ticket, other = await executor.submit({"n": 1}), await executor.submit({"n": 2})
+        assert (await ticket.result(2))["n"] == 1
+        with pytest.raises(NoOutputError, match="dropped"):
+            await other.result(2)
+    assert balanced(executor)["output"] == 1
+
+
 async def test_S1_no_output_says_the_outcome() -> None:
     async with serve(sleeper()) as executor:
         with pytest.raises(NoOutputError, match="dropped") as caught:
