@@ -39,10 +39,20 @@ _MAX_DEPTH: Final = 200
 
 
 class Codec:
-    """Data to bytes and back. allow_pickle: what has no other form is pickled, and unpickled when it is read."""
+    """Data to bytes and back. allow_pickle: what has no other form is pickled, and unpickled when it is read.
 
-    def __init__(self, allow_pickle: bool = False) -> None:
+    For the texts of errors, `whose` form it is, and the `switch` that allows pickling.
+    """
+
+    def __init__(
+        self,
+        allow_pickle: bool = False,
+        whose: str = "the journal",
+        switch: str = "SQLiteJournal(..., allow_pickle=True)",
+    ) -> None:
         self.allow_pickle = allow_pickle
+        self._whose = whose
+        self._switch = switch
         self._tagged = msgspec.msgpack.Decoder(ext_hook=self._untag).decode
 
     def encode(self, data: Mapping[str, Any]) -> bytes:
@@ -67,7 +77,7 @@ class Codec:
                 tagged.append((self._tag(key, 0), self._tag(value, 0)))
             except _Obstacle as found:
                 raise EncodingError(
-                    f"key {key!r} holds a {found.kind}, which the journal cannot encode{found.why}"
+                    f"key {key!r} holds a {found.kind}, which {self._whose} cannot encode{found.why}"
                 ) from None
             except Exception as error:  # another thread changes it meanwhile, say
                 kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
@@ -118,7 +128,7 @@ class Codec:
     def _pickled(self, value: Any) -> Ext:
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         if not self.allow_pickle:
-            raise _Obstacle(kind, "; keep plain values, or allow pickling by SQLiteJournal(..., allow_pickle=True)")
+            raise _Obstacle(kind, f"; keep plain values, or allow pickling by {self._switch}")
         try:
             return Ext(_PICKLE, pickle.dumps(value, protocol=5))
         except Exception as error:
@@ -137,7 +147,7 @@ class Codec:
             return content.decode("utf-8", "surrogatepass")
         if code == _PICKLE:
             if not self.allow_pickle:
-                raise JournalError("data was pickled: read it with SQLiteJournal(..., allow_pickle=True)")
+                raise JournalError(f"data was pickled: read it with {self._switch}")
             return pickle.loads(content)
         if code in _READERS:
             return _READERS[code](content)

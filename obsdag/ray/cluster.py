@@ -22,7 +22,7 @@ from obsdag.errors import ConfigError, PlanChangedError
 from obsdag.graph import DAG
 from obsdag.ops.server import OpsServer, start_ops_server
 from obsdag.ray.shard import ShardEngine
-from obsdag.ray.wire import Codec
+from obsdag.ray.wire import codec_of
 from obsdag.telemetry import Telemetry
 from obsdag.telemetry.lines import PROCESS
 
@@ -78,10 +78,16 @@ class Cluster:
         self._users += 1
 
     def _is_connected(self) -> bool:
-        """Whether this process's connection to Ray, if there is one, is to the cluster that is meant."""
+        """Whether this process is connected to the cluster that is meant. Raises ConfigError if it is to another."""
         if not ray.is_initialized():
             return False
-        return self.address is None or self.address == ray.get_runtime_context().gcs_address
+        connected = ray.get_runtime_context().gcs_address
+        if self.address in (None, "auto", connected):
+            return True
+        raise ConfigError(
+            f"this process is connected to the Ray cluster at {connected} already, so it cannot use {self.address!r}: "
+            "leave the address out to use that one, or call ray.shutdown() before"
+        )
 
     def release(self) -> None:
         """Disconnects, for the last user, what `acquire` connected."""
@@ -162,7 +168,7 @@ class _ShardActor:
         if settings.telemetry is not None:
             self._telemetry = settings.telemetry(self._name)
             config = config.replace(telemetry=self._telemetry)
-        engine = ShardEngine(fetch_dag(self._carried[0]), config, Codec(settings.allow_pickle))
+        engine = ShardEngine(fetch_dag(self._carried[0]), config, codec_of(settings.allow_pickle))
         await engine.__aenter__()
         if settings.ops is not None:
             self._ops = start_ops_server(engine, **{"port": 0, **settings.ops})

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from obsdag.context import Context
+from obsdag.errors import EncodingError
 from obsdag.ray.sharding import Root
 from obsdag.ray.wire import Codec, Made, Seed
 
-__all__ = ["context_of", "seed_of"]
+__all__ = ["check_id", "context_of", "seed_of"]
+
+
+def check_id(context: Context) -> None:
+    """Raises EncodingError for an id that has no form as UTF-8: half of a surrogate pair, out of a file's name, say."""
+    if context.id.isascii():
+        return
+    try:
+        context.id.encode()
+    except UnicodeEncodeError as error:
+        raise EncodingError(f"the id {context.id!r} cannot cross to a shard ({error.reason}): give another") from None
 
 
 def seed_of(root: Root) -> Seed:

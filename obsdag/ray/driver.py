@@ -26,7 +26,7 @@ from obsdag.inputs import as_context
 from obsdag.pools.carry import RemoteFailure, unpack_error
 from obsdag.ray.accepted import accept
 from obsdag.ray.cluster import ShardDied, ShardRaised
-from obsdag.ray.contexts import context_of, seed_of
+from obsdag.ray.contexts import check_id, context_of, seed_of
 from obsdag.ray.sharding import Root, Shard, Sharding
 from obsdag.ray.wire import Batch, Codec, Ended, Made, decode_answers, encode
 
@@ -114,7 +114,7 @@ class Driver:
         """Starts the run on all shards of the fleet."""
         if self.recorder is not None:
             self.recorder.attach(self)
-        self._await_a_shard()
+        self._watch_for_shards()
         if self._fleet.span is not None:
             self._fleet.fit(self._fleet.places())
             self._spawn(self._fleet.follow(self.resize))
@@ -154,14 +154,16 @@ class Driver:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        if self._feeding is not None and hasattr(self._feeding, "aclose"):
-            await self._feeding.aclose()
-        await asyncio.gather(*(self._let_go(member) for member in list(self._members.values())))
-        if self.early and self.recorder is not None:
-            self.recorder.suspend()  # what has no outcome yet is taken up by the next process
-        for context in list(self._living):
-            self._close(context, "cancelled", None)
-            self.on_ended(context)
+        try:
+            if self._feeding is not None and hasattr(self._feeding, "aclose"):
+                await self._feeding.aclose()
+        finally:  # that is the caller's code, and may raise
+            await asyncio.gather(*(self._let_go(member) for member in list(self._members.values())))
+            if self.early and self.recorder is not None:
+                self.recorder.suspend()  # what has no outcome yet is taken up by the next process
+            for context in list(self._living):
+                self._close(context, "cancelled", None)
+                self.on_ended(context)
 
     async def _let_go(self, member: Member) -> None:
         """A shard goes back to the fleet; one that is not ready yet, too, if the fleet is kept for further runs."""
@@ -198,6 +200,7 @@ class Driver:
             self._begun.add(member.name)  # from here on it is to be told of the end, too
             asks = await member.actor.begin.remote(self._headers)
             shard = self.sharding.add(member.name, asks, self.clock())
+            self._watch_for_shards()
             while True:
                 self._pump()
                 answers = decode_answers(await member.actor.answers.remote())
@@ -228,7 +231,7 @@ class Driver:
         if self._stillborn >= _STILLBORN * self._fleet.shards:
             self.end_early("error", PoolError(f"shards die one after the other, without any work: {error}"))
             return
-        self._await_a_shard()
+        self._watch_for_shards()
         self.resize()
 
     def resize(self) -> None:
@@ -264,31 +267,23 @@ class Driver:
         shard = self.sharding.shards.get(member.name)
         if shard is not None:
             self.sharding.leave(shard)
+            self._watch_for_shards()
         del self._members[member.name], self._attending[member.name]
 
-    def _await_a_shard(self) -> None:
-        if self._alarm is None:
+    def _watch_for_shards(self) -> None:
+        """While there is none, one has to start within `START_S`."""
+        if self.sharding.shards and self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        elif not self.sharding.shards and self._alarm is None:
             self._alarm = self.loop.call_later(START_S, self._no_shard)
 
     def _no_shard(self) -> None:
-        self._alarm = None
-        if not self.sharding.shards:
-            self.end_early("error", PoolError(f"no shard has started within {START_S:g} s: {self._fleet.shortage()}"))
+        self.end_early("error", PoolError(f"no shard has started within {START_S:g} s: {self._fleet.shortage()}"))
 
     def shards_seen(self) -> list[dict[str, Any]]:
         """Each shard as plain values, for any thread to read."""
-        return [self._seen(member) for member in list(self._members.values())]
-
-    def _seen(self, member: Member) -> dict[str, Any]:
-        shard = self.sharding.shards.get(member.name)
-        phase = "starting" if shard is None else "leaving" if shard.leaving else "running"
-        return {
-            "name": member.name,
-            "phase": phase,
-            "roots": 0 if shard is None else len(shard.roots),
-            "ahead": 0 if shard is None else shard.given - shard.taken,
-            "target": self._fleet.targets.get(member.name, ""),
-        }
+        return [self._fleet.seen(each, self.sharding.shards.get(each.name)) for each in list(self._members.values())]
 
     # --- giving
 
@@ -358,6 +353,7 @@ class Driver:
     def _root_of(self, context: Context, due: float | None) -> Root:
         """The context as a root, written down where there is a journal. Raises EncodingError, with nothing changed."""
         data = self._codec.encode(context._data)
+        check_id(context)
         if self.recorder is not None:
             accept(self.recorder, context, self.clock(), due)
         self._number += 1
@@ -381,10 +377,11 @@ class Driver:
         self.counts["entered"] += 1
         self.pump_soon()
 
-    def withdraw(self, context: Context, error: BaseException | None) -> None:
-        """A submission ends now: as failed by `error`, or as cancelled. The shard that has it is told."""
-        root = self._living[context]
-        assert root is not None
+    def withdraw(self, context: Context, error: BaseException | None) -> bool:
+        """A submission ends now: as failed by `error`, or as cancelled; False if it has ended. Its shard is told."""
+        root = self._living.get(context)
+        if root is None:  # with a journal its ticket is open until the commit
+            return False
         shard = self.sharding.withdraw(root)
         if shard is not None:
             self._members[shard.name].actor.cancel.remote(root.number)
@@ -394,6 +391,7 @@ class Driver:
             self._close(context, "cancelled", None)
             self.on_ended(context)
         self.pump_soon()
+        return True
 
     def shard_of(self, context: Context) -> str | None:
         """The name of the shard that has it; None while it waits, and when it has ended."""

@@ -23,7 +23,7 @@ from obsdag.ray.accepted import found
 from obsdag.ray.cluster import Cluster, Settings, carry_dag, is_off
 from obsdag.ray.driver import Driver
 from obsdag.ray.fleet import Fleet
-from obsdag.ray.wire import Codec
+from obsdag.ray.wire import codec_of
 
 if TYPE_CHECKING:
     from obsdag.graph import DAG
@@ -118,7 +118,7 @@ class RayExecutor:
         self.dag = dag
         self.plan = dag.build()
         self.config = config if config is not None else ExecutorConfig()
-        self.codec = Codec(allow_pickle)
+        self.codec = codec_of(allow_pickle)
         least, span = _read_shards(shards)
         if not (self.config.telemetry is None or is_off(self.config)):
             raise ConfigError(
@@ -223,9 +223,11 @@ class RayExecutor:
                     yield driver
                 finally:
                     end = driver.clock()
-                    await see_through(driver.close())
-                    self._retire(driver)
-                    self._note(driver, result, end)
+                    try:
+                        await see_through(driver.close())
+                    finally:
+                        self._retire(driver)
+                        self._note(driver, result, end)
             finally:
                 await see_through(self._fleet.leave(self.config.shutdown_grace))
 

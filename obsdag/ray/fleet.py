@@ -8,9 +8,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from obsdag.ray.cluster import Cluster, ShardDied, ShardRaised
+
+if TYPE_CHECKING:
+    from obsdag.ray.sharding import Shard
 
 __all__ = ["Fleet", "Member"]
 
@@ -147,6 +150,16 @@ class Fleet:
         self._ready.discard(member.name)
         if self.targets.pop(member.name, None) is not None:
             self._write_targets()
+
+    def seen(self, member: Member, shard: Shard | None) -> dict[str, Any]:
+        """One of them as plain values; shard: what its run knows of it, None before it has begun there."""
+        return {
+            "name": member.name,
+            "phase": "starting" if shard is None else "leaving" if shard.leaving else "running",
+            "roots": 0 if shard is None else len(shard.roots),
+            "ahead": 0 if shard is None else shard.given - shard.taken,
+            "target": self.targets.get(member.name, ""),
+        }
 
     def shortage(self) -> str:
         """What the cluster has, in words."""

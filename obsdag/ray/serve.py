@@ -174,8 +174,7 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
     def _cancel(self, ticket: Ticket) -> bool:
         if self._period is None or ticket.done:
             return False
-        self._period.withdraw(ticket.context, None)
-        return True
+        return self._period.withdraw(ticket.context, None)
 
     def _scope_done(self, scope: Scope) -> None:
         """Never called: nothing of the scope lives in this process."""

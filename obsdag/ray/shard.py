@@ -19,7 +19,19 @@ from obsdag.core.records import Execution, Scope, Stall
 from obsdag.errors import EncodingError
 from obsdag.executor import Executor, RunResult, _numbers
 from obsdag.pools.carry import pack_error
-from obsdag.ray.wire import Answers, Codec, Ended, Failing, Made, Seed, Stalling, decode_batch, encode
+from obsdag.ray.wire import (
+    Answers,
+    Codec,
+    Ended,
+    Failing,
+    Made,
+    Seed,
+    Stalling,
+    decode_batch,
+    encode,
+    packed,
+    written,
+)
 from obsdag.shell import RunShell
 from obsdag.telemetry.carrier import capture_caller, carried
 
@@ -187,7 +199,7 @@ class ShardEngine(Executor):
             return b""
         most = min(len(self._ended), MOST_ENDED)
         ended = [self._ended_of(self._ended.popleft()) for _ in range(most)]
-        fault = pack_error(shell.fatal or RuntimeError(shell.early)) if shell.early else None
+        fault = packed(shell.fatal or RuntimeError(shell.early)) if shell.early else None
         if not self._ended and fault is None:
             self._news.clear()
         self._told_asks = self._asks()
@@ -288,11 +300,11 @@ class ShardEngine(Executor):
         above: list[str] = []
         parent = context._parent
         while parent is not None and parent is not root:
-            above.append(parent.id)
+            above.append(written(parent.id))
             parent = parent._parent
         data = None if shown is None else self._encoded(shown)
         found = above if parent is root else None
-        return Made(context.id, bool(context.name), found, data if isinstance(data, bytes) else None)
+        return Made(written(context.id), bool(context.name), found, data if isinstance(data, bytes) else None)
 
     def _encoded(self, context: Context) -> bytes | EncodingError:
         try:

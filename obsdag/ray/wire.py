@@ -27,9 +27,12 @@ __all__ = [
     "Made",
     "Seed",
     "Stalling",
+    "codec_of",
     "decode_answers",
     "decode_batch",
     "encode",
+    "packed",
+    "written",
 ]
 
 
@@ -74,7 +77,7 @@ class Failing(msgspec.Struct, array_like=True):
     @classmethod
     def of(cls, made: Made, task: str, attempts: int, error: BaseException) -> Failing:
         """Packs the error."""
-        return cls(made, task, attempts, pack_error(error))
+        return cls(made, task, attempts, packed(error))
 
     def exception(self) -> BaseException:
         """The error, or a RemoteError with its text."""
@@ -118,6 +121,22 @@ class Answers(msgspec.Struct, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _batches = msgspec.msgpack.Decoder(Batch)
 _answers = msgspec.msgpack.Decoder(Answers)
+
+
+def codec_of(allow_pickle: bool) -> Codec:
+    """For data that crosses, either way."""
+    return Codec(allow_pickle, "a message between driver and shard", "RayExecutor(..., allow_pickle=True)")
+
+
+def packed(error: BaseException) -> RemoteFailure:
+    """The error as `pools.carry` packs it, of texts that have a form as UTF-8."""
+    failure = pack_error(error)
+    return RemoteFailure(failure.pickled, *map(written, failure[1:]))
+
+
+def written(text: str) -> str:
+    """A text whose lone surrogates, which a file's name may bring along, are written out: UTF-8 has no form of them."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def encode(message: Any) -> bytes:

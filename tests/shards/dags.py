@@ -185,3 +185,16 @@ async def first(context: Context) -> Context:
 async def second(context: Context) -> Context:
     await asyncio.sleep(3600)
     return context
+
+
+unwritable = DAG("unwritable")
+"""Texts that UTF-8 has no form of: of an error, and of a child's id."""
+
+
+@unwritable.task
+async def look_for_it(context: Context) -> Any:
+    if context["x"] == 1:
+        raise FileNotFoundError("no file b\udcff")
+    if context["x"] == 2:
+        return context.create_child(name="c\udcff")
+    return context

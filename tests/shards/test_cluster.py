@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from obsdag import Context, DeadlineExceeded, Executor, ExecutorConfig, OutputContext, RunFailed, Telemetry
+from obsdag import (
+    ConfigError,
+    Context,
+    DeadlineExceeded,
+    EncodingError,
+    Executor,
+    ExecutorConfig,
+    OutputContext,
+    RunFailed,
+    Telemetry,
+)
 from obsdag.errors import PoolError, RemoteError
 from tests.shards import dags
 from tests.shards.conftest import SMALL
@@ -309,3 +319,42 @@ async def test_names_with_quotes_and_exceptions_of_two_arguments(nodes: Any) -> 
     assert failure.task == 'it\'s a "task"'
     assert isinstance(failure.exception, RemoteError)
     assert "one and two" in str(failure.exception)
+
+
+async def test_texts_that_have_no_form_as_utf8_cost_no_other_root(nodes: Any) -> None:
+    roots = [*numbers(4), Context(None, {"x": 0}, "r\udcff")]
+
+    result = await executor(dags.unwritable, shards=1).run(roots)
+
+    assert (result.counts["output"], result.counts["failed"]) == (3, 2)
+    by_kind = {type(each.exception): str(each.exception) for each in result.failures}
+    assert by_kind[FileNotFoundError] == "no file b\udcff"
+    assert "'r\\udcff' cannot cross to a shard" in by_kind[EncodingError]
+
+
+async def test_an_input_that_raises_when_it_is_closed_leaves_no_run_and_no_shard(nodes: Any) -> None:
+    async def inputs() -> AsyncIterator[dict[str, int]]:
+        try:
+            for number in count(1):
+                yield {"x": number}
+        finally:
+            raise ValueError("of the input")
+
+    async with executor(dags.mixed, shards=1) as shards:
+        with pytest.raises(ValueError, match="of the input"):
+            async with shards.stream(inputs()) as outputs:
+                await anext(outputs)
+
+        assert shards.seen()["runs"] == 0
+        assert shards.stats()["living"] == 0
+        assert [member.name for member in shards._fleet._idle] == ["shard-1"], "it is there for the next run"
+
+
+async def test_a_process_that_is_connected_takes_that_cluster_or_says_why_not(nodes: Any) -> None:
+    result = await RayExecutor(dags.mixed, shards=1, shard_options=PLACE, address="auto").run({"x": 1})
+
+    assert result.counts["output"] == 1
+    with pytest.raises(
+        ConfigError, match=r"connected to the Ray cluster at \S+ already, so it cannot use 'local': leave"
+    ):
+        await RayExecutor(dags.mixed, address="local").run({"x": 1})

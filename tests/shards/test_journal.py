@@ -141,3 +141,22 @@ async def test_what_a_local_executor_had_begun_is_left_to_one(nodes: Any, tmp_pa
     with pytest.raises(JournalError, match="begun by a local executor"):
         await RayExecutor(dags.stepped, settings, shards=1, shard_options=PLACE).recover()
     assert rows(tmp_path) == (1, 1)
+
+
+async def test_what_has_ended_and_waits_for_its_commit_is_not_cancelled(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gate").touch()
+    async with RayServeExecutor(dags.gate, config(tmp_path), shards=1, shard_options=PLACE) as executor:
+        ticket = await executor.submit({"x": 1, "gate": str(tmp_path / "gate")}, deadline=60.0)
+        held: list[Any] = []
+        monkeypatch.setattr(executor._durable, "after_commit", held.append)
+        while not held:
+            await asyncio.sleep(0.01)
+
+        assert not ticket.cancel()
+        executor._too_late(ticket)
+        held.pop()()
+
+        assert (await ticket.result())["x"] == 1
+    assert rows(tmp_path) == (1, 0)

@@ -136,3 +136,11 @@ async def test_a_shard_killed_while_serving_costs_no_submission(nodes: Any) -> N
 
     assert [output["x"] for output in found] == list(range(100))
     assert executor.manifest["finished"] == 0, "nothing was left when it drained"
+
+
+async def test_the_wait_for_the_first_shard_is_over_when_it_is_there(nodes: Any) -> None:
+    async with serving(dags.mixed, shards=1) as executor:
+        await executor.execute({"x": 1})
+
+        assert executor._period is not None
+        assert executor._period._alarm is None, "a shard that dies when the time is up would end the period"

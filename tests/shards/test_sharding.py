@@ -9,7 +9,9 @@ from random import Random
 
 import pytest
 
+from obsdag.errors import EncodingError
 from obsdag.ray.sharding import ALONE, MOST_AHEAD, SUSPECT, Root, Shard, Sharding
+from obsdag.ray.wire import codec_of
 
 
 def roots(count: int) -> Iterator[Root]:
@@ -292,3 +294,10 @@ def test_light_roots_keep_shards_busy_in_spite_of_the_way_there() -> None:
     ideal = count * 0.0005 / 8
     assert simulation.ended == dict.fromkeys(range(count), 1)
     assert simulation.finished_at < ideal * 1.1
+
+
+def test_data_that_cannot_cross_is_refused_with_the_way_out() -> None:
+    with pytest.raises(
+        EncodingError, match=r"between driver and shard cannot encode; .* by RayExecutor\(\.\.\., allow"
+    ):
+        codec_of(False).encode({"x": object()})
