@@ -30,7 +30,7 @@ from obsdag.cli.jsonl import lenient_line, line_of
 from obsdag.cli.progress import Progress, Status, make_progress
 from obsdag.cli.settings import add_settings, load_config, settings_help
 from obsdag.core.observer import Observer
-from obsdag.errors import DeadlineExceeded, ObsdagError, RunFailed
+from obsdag.errors import ObsdagError
 
 if TYPE_CHECKING:
     from obsdag.context import Context
@@ -292,8 +292,8 @@ class _Census:
                     census.put(line_of(data))
                     if census.is_full:
                         await census.flush()
-        except (DeadlineExceeded, RunFailed) as error:
-            return one_line(error if isinstance(error, DeadlineExceeded) else error.message)
+        except shards.EARLY as error:
+            return shards.why_early(error)
         finally:
             if ticking is not None:
                 ticking.cancel()

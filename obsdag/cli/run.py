@@ -29,7 +29,7 @@ from obsdag.cli.jsonl import LineSource, lenient_line, line_of, why_not_json
 from obsdag.cli.progress import Progress, Status, make_progress
 from obsdag.cli.settings import add_settings, load_config, settings_help
 from obsdag.core.observer import Observer
-from obsdag.errors import DeadlineExceeded, ObsdagError, RunFailed
+from obsdag.errors import ObsdagError
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
@@ -259,8 +259,8 @@ class _Run:
                     self._take(output)
                     if self.sink.is_full:
                         await self.sink.flush()
-        except (DeadlineExceeded, RunFailed) as error:
-            return one_line(error if isinstance(error, DeadlineExceeded) else error.message)
+        except shards.EARLY as error:
+            return shards.why_early(error)
         except asyncio.CancelledError:
             if self.broken is not None:
                 raise self.broken from None

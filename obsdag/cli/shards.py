@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from obsdag.cli.common import CliError, one_line
+from obsdag.errors import ConfigError, DeadlineExceeded, PoolError, RunFailed
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
@@ -13,7 +14,17 @@ if TYPE_CHECKING:
     from obsdag.graph import DAG
     from obsdag.ray import RayExecutor
 
-__all__ = ["add_options", "make_executor", "refuse_options"]
+__all__ = ["EARLY", "add_options", "make_executor", "refuse_options", "why_early"]
+
+EARLY = (DeadlineExceeded, RunFailed, PoolError, ConfigError)
+"""What ends a run: PoolError, of shards that cannot be had; ConfigError, of a cluster that cannot be joined."""
+
+
+def why_early(error: Exception) -> str:
+    """One line for what ended a run early. Raises CliError instead where it could not begin."""
+    if isinstance(error, ConfigError):
+        raise CliError(one_line(error)) from error
+    return one_line(error.message if isinstance(error, RunFailed) else error)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -103,12 +103,21 @@ class Cluster:
     def _connect(self) -> None:
         with _own_signals():
             if self.address not in (None, "local"):
-                ray.init(address=self.address, configure_logging=False)
+                self._join()
             else:
                 cpus = max(os.cpu_count() or 1, math.ceil(self._cpus))
                 with _for_itself():
                     ray.init(address="local", num_cpus=cpus, include_dashboard=False, configure_logging=False)
         self._own = True
+
+    def _join(self) -> None:
+        try:
+            ray.init(address=self.address, configure_logging=False)
+        except (ConnectionError, ValueError) as error:  # nobody answers there, or it is no address
+            why = str(error).partition(". ")[0]
+            raise ConfigError(
+                f'address={self.address!r}: {why}; `ray start` begins one and tells its address, "local" needs none'
+            ) from error
 
     def _check(self, address: str) -> None:
         if not (self.insecure or _is_loopback(address) or _asks_for_token()):

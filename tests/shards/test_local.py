@@ -145,3 +145,15 @@ def test_the_dag_of_a_program_run_as_a_module_goes_as_a_copy(monkeypatch: pytest
         monkeypatch.setitem(sys.modules, name, program)
 
     assert isinstance(carry_dag(carried)[1], bytes), "a shard has another main program"
+
+
+def test_a_cluster_that_cannot_be_joined_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "dags.py").write_text("from obsdag import DAG\ndag = DAG('d')\ndag.task(print, name='p')\n")
+
+    told = _python(tmp_path, "-m", "obsdag", "run", "--ray", "127.0.0.1:x", "-i", os.devnull, "dags.py:dag")
+
+    assert (told.returncode, told.stdout) == (2, "")
+    (line,) = told.stderr.splitlines()
+    assert line.startswith("obsdag run: error: ")
+    assert "address='127.0.0.1:x': Unable to parse port number" in line
+    assert "; `ray start` begins one and tells its address" in line
