@@ -92,7 +92,6 @@ class Driver:
         self._feeding: AsyncIterator[Any] | None = None if isinstance(inputs, Iterator) else inputs
         self._wanted = asyncio.Event()
         self._living: dict[Context, Root | None] = {}
-        self._number = 0
         self._members: dict[str, Member] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
         self._begun: set[str] = set()
@@ -356,16 +355,14 @@ class Driver:
         check_id(context)
         if self.recorder is not None:
             accept(self.recorder, context, self.clock(), due)
-        self._number += 1
-        root = self._living[context] = Root(self._number, context, data)
+        root = self._living[context] = Root.new(context, data)
         return root
 
     def take_up(self, contexts: Iterable[Context]) -> None:
         """Roots that an earlier process had accepted, before the run begins."""
         for context in contexts:
             self.counts["entered"] += 1
-            self._number += 1
-            root = self._living[context] = Root(self._number, context, self._codec.encode(context._data))
+            root = self._living[context] = Root.new(context, self._codec.encode(context._data))
             self.sharding.queue.append(root)
         self.first_entered = self.clock()
 

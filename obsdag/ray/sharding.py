@@ -13,9 +13,10 @@ given to a shard of its own, and if that dies `ALONE` times, it is the root: `lo
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Self
 
 __all__ = ["Root", "Shard", "Sharding"]
 
@@ -23,11 +24,14 @@ SUSPECT: Final = 2
 ALONE: Final = 2
 MOST_AHEAD: Final = 2_000
 _MEMORY: Final = 0.875
+_numbers = itertools.count(1)
 
 
 class Root:
     """One root of the run. token: of its newest attempt. deaths: of shards, under it; alone_deaths: with nothing else
-    there. context, data: the driver's own, handed through.
+    there. context, data: the driver's own, handed through. number: of `new` ones never given twice in a process, so
+    that what a kept shard does late for one run, as calls of an actor may overtake one another, is not taken for
+    another's.
     """
 
     __slots__ = ("alone_deaths", "context", "data", "deaths", "number", "token")
@@ -39,6 +43,11 @@ class Root:
         self.token = 0
         self.deaths = 0
         self.alone_deaths = 0
+
+    @classmethod
+    def new(cls, context: Any, data: bytes) -> Self:
+        """One with a number of its own."""
+        return cls(next(_numbers), context, data)
 
     def __repr__(self) -> str:
         return f"<Root {self.number}, attempt {self.token}>"

@@ -108,6 +108,17 @@ def test_an_answer_of_an_older_attempt_is_refused() -> None:
     assert book.settled()
 
 
+def test_an_answer_of_an_earlier_run_is_refused() -> None:
+    """Calls of an actor may overtake one another, so a kept shard may do for one run what it was given in another."""
+    roots = [Root.new("earlier", b""), Root.new("later", b"")]
+    books = [Sharding(iter([root]).__next__) for root in roots]
+    [earlier], [later] = [book.take(book.add("shard-1", 1, 0.0), 500) for book in books]
+    [shard] = books[1].shards.values()
+
+    assert books[1].answered(shard, earlier.number, earlier.token) is None
+    assert books[1].answered(shard, later.number, later.token) is later
+
+
 def test_what_is_withdrawn_is_refused_wherever_it_was() -> None:
     book = sharding(4, shards=2)
     first, _ = book.shards.values()
