@@ -29,7 +29,7 @@ from obsdag.core.queue import TimerHeap
 from obsdag.core.records import Scope
 from obsdag.core.restoring import Saved, restore
 from obsdag.core.state import RunState
-from obsdag.core.states import OUTCOMES
+from obsdag.core.states import OUTCOMES, State
 from obsdag.testing import sleep
 from obsdag.testing.simulation import Simulation
 from tests.simulation.scenarios import make_scenario, mix, play
@@ -282,6 +282,8 @@ def test_T14_each_item_of_a_map_takes_the_permits_anew() -> None:
             "entered": 8, "output": 6, "split": 2,
         }  # fmt: skip
         assert simulation.now >= 12  # one permit, and six items and six executions of a second each
+    simulation = Simulation(dag, [{}], context_worker_num=2)
+    until(simulation, lambda: simulation.run.state_counts[State.LIMIT_WAIT] == 1)
 
 
 def test_E16_a_map_that_waits_for_room_keeps_no_permit_from_those_that_take_the_room() -> None:
@@ -717,6 +719,38 @@ def test_a_root_that_ended_before_its_first_execution_has_no_critical_path() -> 
     context.destroy()
     simulation.finish()
     assert paths == [[]]
+
+
+def test_C7_a_frozen_context_that_is_returned_and_was_not_kept_stays_frozen() -> None:
+    dag = DAG()
+    frozen = Context(name="frozen")
+    frozen.freeze()
+
+    @dag.task
+    async def first(ctx: Context) -> Any:
+        await sleep(1.0)
+        return [ctx, frozen]
+
+    @dag.task(after=first)
+    async def second(ctx: Context) -> Context:
+        return ctx
+
+    simulation = Simulation(dag, [frozen, {}], context_worker_num=2)
+    result = simulation.finish()
+    assert (result.counts["output"], result.counts["stalled"]) == (1, 1)
+    assert frozen.completed_tasks == {"first"}
+
+
+def test_E6_each_retry_is_counted_once() -> None:
+    dag = DAG()
+
+    @dag.task(retry_times=2, retry_interval=1.0)
+    async def fails(ctx: Context) -> Context:
+        raise ValueError
+
+    simulation = Simulation(dag)
+    simulation.finish()
+    assert simulation.run.retries_total == 2
 
 
 def test_the_records_of_a_root_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,3 +27,15 @@ def test_E4_those_who_come_back_are_taken_once_and_the_lengths_stay_true(lane: i
         taken.append(context)
     assert taken == contexts[::-1]
     assert queue.lengths() == (0, 0, 0)
+
+
+def test_E4_a_place_that_was_lost_is_passed_over_and_counts_no_more() -> None:
+    queue = ContextQueue()
+    first, second = Context(), Context()
+    for context in (first, second):
+        queue.put(context, CONTINUING)
+    queue.forget(second)
+
+    assert queue.lengths() == (1, 0, 0)
+    assert queue.take() is first
+    assert queue.lengths() == (0, 0, 0)
