@@ -741,6 +741,24 @@ def test_C7_a_frozen_context_that_is_returned_and_was_not_kept_stays_frozen() ->
     assert frozen.completed_tasks == {"first"}
 
 
+def test_E11_what_was_discarded_before_a_run_is_stopped_ends_as_that() -> None:
+    dag = DAG()
+
+    @dag.task(may_drop=True)
+    async def first(ctx: Context) -> Context | None:
+        if ctx["n"] == 0:
+            return None
+        await sleep(100.0)
+        return ctx
+
+    settings: dict[str, Any] = {"context_worker_num": 2, "enable_context_gc": False}
+    simulation = Simulation(dag, [{"n": 0}, {"n": 1}], **settings)
+    until(simulation, lambda: simulation.run.discarded == 1 and simulation.run.active == 1)
+    simulation.stop()
+    counts = simulation.finish().counts
+    assert (counts["dropped"], counts["cancelled"]) == (1, 1)
+
+
 def test_E6_each_retry_is_counted_once() -> None:
     dag = DAG()
 
