@@ -759,6 +759,51 @@ def test_E11_what_was_discarded_before_a_run_is_stopped_ends_as_that() -> None:
     assert (counts["dropped"], counts["cancelled"]) == (1, 1)
 
 
+def test_C10_an_output_ends_the_children_of_other_branches() -> None:
+    dag = DAG()
+
+    @dag.task
+    async def lend(ctx: Context) -> Context:
+        return ctx.create_child()
+
+    @dag.task(after=lend)
+    async def below(ctx: Context) -> Context:
+        await sleep(100.0)
+        return ctx
+
+    @dag.task
+    async def out(ctx: Context) -> OutputContext:
+        await sleep(1.0)
+        return OutputContext(ctx)
+
+    settings: dict[str, Any] = {"context_worker_num": 2, "task_worker_num": 0}
+    for seed in range(10):
+        simulation = Simulation(dag, seed=seed, **settings)
+        counts = simulation.finish().counts
+        if counts["entered"] == 2:  # else the output came before the child
+            assert (counts["output"], counts["cancelled"]) == (1, 1)
+            return
+    pytest.fail("no schedule made the child")
+
+
+def test_T15_children_that_are_returned_in_another_order_are_joined_in_that_of_creation() -> None:
+    dag = DAG()
+    joined: list[list[str]] = []
+
+    @dag.task
+    async def make(ctx: Context) -> list[Context]:
+        children: list[Context] = ctx.create_child(3, name=["a", "b", "c"])
+        return [children[2], children[0], children[1]]
+
+    @dag.join(after=make)
+    async def whole(parent: Context, children: list[Context]) -> Context:
+        joined.append([child.id for child in children])
+        return parent
+
+    assert Simulation(dag).finish().counts["output"] == 1
+    assert joined == [["a", "b", "c"]]
+
+
 def test_E6_each_retry_is_counted_once() -> None:
     dag = DAG()
 
