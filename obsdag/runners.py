@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,41 @@ class JoinChildren(list[Context]):
 
     failed: list[Context]
     dropped: list[Context]
+
+
+class _Making:
+    """A pool's factory in a thread. An item that comes when nobody waits for it any more is closed, and not lost."""
+
+    def __init__(self, pool: ResourcePool, runners: Runners) -> None:
+        self._pool = pool
+        self._runners = runners
+        self._lock = threading.Lock()
+        self._made: list[Any] = []
+        self._left = False
+
+    def call(self) -> Any:
+        """The item; in the thread."""
+        assert self._pool.factory is not None
+        item = self._pool.factory()
+        with self._lock:
+            self._made.append(item)
+            left = self._left
+        if left:
+            self._close()
+        return item
+
+    def leave(self) -> None:
+        """Nobody waits any more; on the event loop's thread."""
+        with self._lock:
+            self._left = True
+        self._close()
+
+    def _close(self) -> None:
+        with self._lock:
+            made, self._made = self._made, []
+        for item in made:
+            if self._pool.close is not None and not inspect.isawaitable(item):
+                self._runners.release_in_thread((self._pool.close, item))
 
 
 class Runners:
@@ -298,14 +334,16 @@ class Runners:
         assert grant is not None
         assert pool.factory is not None
         book = shell.run.runtime.limits
+        making = _Making(pool, self)
         try:
             if inspect.iscoroutinefunction(pool.factory):
                 item = await pool.factory()
             else:
-                item = await self.in_thread(execution, pool.factory)
+                item = await self.in_thread(execution, making.call)
                 if inspect.isawaitable(item):
                     item = await item
         except BaseException as error:
+            making.leave()
             book.resource_failed(grant, pool, shell.clock())
             if not isinstance(error, Exception):
                 raise
@@ -329,6 +367,18 @@ class Runners:
     def release_later(self, closing: tuple[Callable[[Any], Any], Any]) -> None:
         """Closes a pooled item soon."""
         self._later(self.release(closing))
+
+    def release_in_thread(self, closing: tuple[Callable[[Any], Any], Any]) -> None:
+        """Closes a pooled item from any thread; what has to be awaited is left to the event loop."""
+        close, item = closing
+        loop = self.shell.loop
+        try:
+            result = close(item)
+            if inspect.isawaitable(result):
+                loop.call_soon_threadsafe(self._later, self.release((_itself, result)))
+        except Exception as error:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.report, "closing a resource", error)
 
     def close_later(self, pull: Pull) -> None:
         """Closes the generator of a loop or map whose context has ended, unless an execution is in it."""
@@ -385,6 +435,11 @@ class Runners:
                 await self._hook(task, task.shutdown)  # type: ignore[attr-defined]
         except Exception as error:
             self.report(f"shutdown of task {definition.id!r}", error)
+
+
+def _itself(awaitable: Any) -> Any:
+    """What is awaited instead of being called again."""
+    return awaitable
 
 
 def _guarded(function: Callable[..., Any], *given: Any) -> Any:

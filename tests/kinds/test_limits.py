@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from obsdag import (
     Runtime,
 )
 from obsdag.testing import VirtualLoop, run_virtual
-from tests.rules.helpers import ONE, Engine, assert_counts, every_worker_num
+from tests.rules.helpers import ONE, Engine, assert_counts, every_worker_num, settle
 
 
 def loop() -> VirtualLoop:
@@ -286,6 +287,36 @@ async def test_T8_what_is_held_and_waited_for_comes_back_when_a_run_is_cancelled
         await run
     assert sorted(opened.closed) == [1, 2]
     assert executor.stats()["cancelled"] == 4
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["close", "async close"])
+async def test_T8_a_resource_that_comes_when_nobody_waits_for_it_any_more_is_closed(asynchronous: bool) -> None:
+    opened, dag = Opened(), DAG()
+    being_made, may_be_made = threading.Event(), threading.Event()
+
+    def open_slowly() -> int:
+        being_made.set()
+        may_be_made.wait()
+        return opened.open()
+
+    async def close(item: int) -> None:
+        opened.closed.append(item)
+
+    @dag.task(limiter=ResourcePool(open_slowly, close=close if asynchronous else opened.closed.append, size=1))
+    async def call(ctx: Context, *, resource: int) -> Context:
+        return ctx
+
+    run = asyncio.create_task(Engine(1).executor(dag).run({}))
+    while not being_made.is_set():
+        await asyncio.sleep(0)
+    run.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    may_be_made.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    await settle()
+    assert opened.closed == [1]
 
 
 async def test_T8_a_destroyed_context_leaves_the_line() -> None:
