@@ -58,5 +58,5 @@ def test_the_typed_program_runs() -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("4 [] {'entered': 24, 'output': 4, 'split': 2, 'merged': 16, 'dropped': 2,")
-    assert second == "[2, 1] 1"
+    assert second in ("[1, 2] 1", "[2, 1] 1")  # in the order of completion, which threads decide
     assert done.stderr == ""

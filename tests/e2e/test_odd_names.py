@@ -102,7 +102,7 @@ WITHOUT_DATA = {
     "Deferrals",
 }
 WITHOUT_DATA |= {"Items of loops and maps", "Joins that wait", "Wait of joins", "Age of the oldest context"}
-WITHOUT_DATA |= {"Processor", "Memory", "Time of submissions", "Phase"}
+WITHOUT_DATA |= {"Processor", "Memory", "Time of submissions", "Phase", "Rows per commit"}
 """Panels about what these DAGs have not, or what is not in their registry; and one that is empty between two runs."""
 
 
