@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from obsdag.context import Context
+from typing import NamedTuple
+
+from obsdag.context import Context, OutputContext
+from obsdag.core.records import Failure, Stall
 from obsdag.errors import EncodingError
 from obsdag.ray.sharding import Root
-from obsdag.ray.wire import Codec, Made, Seed
+from obsdag.ray.wire import Codec, Ended, Made, Seed
 
-__all__ = ["check_id", "context_of", "seed_of"]
+__all__ = ["Told", "check_id", "read", "seed_of"]
+
+
+class Told(NamedTuple):
+    """What came of a root, as objects."""
+
+    outputs: list[OutputContext]
+    failures: list[Failure]
+    stalls: list[Stall]
 
 
 def check_id(context: Context) -> None:
@@ -31,7 +42,31 @@ def seed_of(root: Root) -> Seed:
     return Seed(root.number, root.token, context.id, bool(context.name), root.data, caller)
 
 
-def context_of(made: Made, root: Context, outcome: str, codec: Codec) -> Context:
+def read(ended: Ended, root: Context, codec: Codec) -> Told:
+    """What a shard tells of a root, whose data is from then on that of its end. Raises if any of it cannot be read."""
+    if ended.data is not None:
+        root._data = codec.decode(ended.data)
+    given = [Made()] if ended.outputs is None else ended.outputs
+    failures = [
+        Failure(_context_of(each.made, root, "failed", codec), each.task, each.attempts, each.exception())
+        for each in ended.failures
+    ]
+    stalls = [
+        Stall(_context_of(each.made, root, "stalled", codec), each.task, tuple(each.missing), each.reason)
+        for each in ended.stalls
+    ]
+    return Told([_output_of(made, root, codec) for made in given], failures, stalls)
+
+
+def _output_of(made: Made, root: Context, codec: Codec) -> OutputContext:
+    output = OutputContext(_context_of(made, root, "output", codec))
+    if not made.id and made.data is not None:
+        output._data = codec.decode(made.data)  # the task returned an OutputContext of its own
+    output._outcome = "output"
+    return output
+
+
+def _context_of(made: Made, root: Context, outcome: str, codec: Codec) -> Context:
     """A context that a shard speaks of: the root itself, or one like it that ended there."""
     if not made.id:
         return root

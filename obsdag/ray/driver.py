@@ -26,9 +26,9 @@ from obsdag.inputs import as_context
 from obsdag.pools.carry import RemoteFailure, unpack_error
 from obsdag.ray.accepted import accept
 from obsdag.ray.cluster import ShardDied, ShardRaised
-from obsdag.ray.contexts import check_id, context_of, seed_of
+from obsdag.ray.contexts import check_id, read, seed_of
 from obsdag.ray.sharding import Root, Shard, Sharding
-from obsdag.ray.wire import Batch, Codec, Ended, Made, decode_answers, encode
+from obsdag.ray.wire import Batch, Codec, Ended, decode_answers, encode
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
@@ -423,33 +423,25 @@ class Driver:
         if root is None:
             return
         context: Context = root.context
-        if ended.data is not None:
-            context._data = self._codec.decode(ended.data)
+        try:
+            told = read(ended, context, self._codec)
+        except Exception as error:  # pickled, of a class say that a shard knows and this process does not
+            text = f"what came of it cannot be read here ({type(error).__name__}: {error})"
+            self._fail(context, EncodingError(text), ended.token)
+            return
         if ended.counts is not None:
             self.counts["entered"] += sum(ended.counts.values()) - 1
         self._close(context, ended.outcome, ended.counts)
-        if ended.outputs is None:
-            self._give_out(context, None, context)
-        else:
-            for made in ended.outputs:
-                self._give_out(context_of(made, context, "output", self._codec), made, context)
-        for failing in ended.failures:
-            failed = context_of(failing.made, context, "failed", self._codec)
-            self._failed(Failure(failed, failing.task, failing.attempts, failing.exception()), context)
-        for stalling in ended.stalls:
-            stalled = context_of(stalling.made, context, "stalled", self._codec)
-            self._stalled(Stall(stalled, stalling.task, tuple(stalling.missing), stalling.reason))
+        for output in told.outputs:
+            if context._scope is not None:
+                context._scope.outputs.append(output)
+            else:
+                self.emit(output)
+        for failure in told.failures:
+            self._failed(failure, context)
+        for stall in told.stalls:
+            self._stalled(stall)
         self.on_ended(context)
-
-    def _give_out(self, context: Context, made: Made | None, root: Context) -> None:
-        output = OutputContext(context)
-        if made is not None and not made.id and made.data is not None:
-            output._data = self._codec.decode(made.data)  # the task returned an OutputContext of its own
-        output._outcome = "output"
-        if root._scope is not None:
-            root._scope.outputs.append(output)
-        else:
-            self.emit(output)
 
     def _fail(self, context: Context, error: BaseException, attempts: int = 1) -> None:
         """A root that fails on its way to a shard, or by what it does to shards."""

@@ -198,3 +198,26 @@ async def look_for_it(context: Context) -> Any:
     if context["x"] == 2:
         return context.create_child(name="c\udcff")
     return context
+
+
+class Homebody:
+    """Can be unpickled in the process that pickled it, and nowhere else."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _at_home, (os.getpid(),)
+
+
+def _at_home(pid: int) -> Homebody:
+    if pid != os.getpid():
+        raise LookupError("not at home")
+    return Homebody()
+
+
+homebodies = DAG("homebodies")
+
+
+@homebodies.task
+async def settle(context: Context) -> Context:
+    if context["x"] == 1:
+        context["guest"] = Homebody()
+    return context

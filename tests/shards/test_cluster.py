@@ -137,6 +137,22 @@ async def test_data_that_cannot_cross_fails_its_own_context(nodes: Any) -> None:
     assert all("object" in str(each.exception) for each in result.failures)
 
 
+async def test_data_that_cannot_be_read_where_it_arrives_fails_its_own_context(nodes: Any) -> None:
+    inputs = [{"x": 0}, {"x": 1}, {"x": 2, "guest": dags.Homebody()}, *({"x": number} for number in range(3, 40))]
+
+    async with RayExecutor(dags.homebodies, PARALLEL, shards=2, shard_options=PLACE, allow_pickle=True) as shards:
+        for _ in range(2):
+            result = await shards.run(dict(each) for each in inputs)
+
+            assert result.counts == {**result.counts, "entered": 40, "output": 38, "failed": 2}
+            assert sorted(each["x"] for each in result) == [0, *range(3, 40)]
+            assert sorted(str(each.exception) for each in result.failures) == [
+                "the input cannot be read on a shard (LookupError: not at home)",
+                "what came of it cannot be read here (LookupError: not at home)",
+            ]
+            assert all(isinstance(each.exception, EncodingError) for each in result.failures)
+
+
 async def test_what_shards_die_of_is_found_and_failed(nodes: Any) -> None:
     result = await executor(dags.deadly, ExecutorConfig(context_worker_num=4)).run(numbers(40))
 
