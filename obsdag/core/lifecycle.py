@@ -170,7 +170,7 @@ class Lifecycle(RunBase):
 
     def deadline_of(self, context: Context) -> float | None:
         """When a living root fails with DeadlineExceeded (run clock), None if it has no deadline."""
-        timer = self._deadlines.get(context)
+        timer = self._deadlines.get(context) if self._deadlines else None  # a look at each context costs a cache miss
         return None if timer is None else timer.when
 
     def _forget_deadline(self, context: Context) -> None:

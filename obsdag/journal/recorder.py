@@ -44,8 +44,10 @@ _LOOK_S: Final = 1.0
 _UNDER_WAY: Final = 2
 """Units at the writer's: one that it commits, and one that it goes on with."""
 
-_MANY: Final = 256
-"""So many touched contexts are not kept waiting: a group of the writer's."""
+_MANY: Final = 1_024
+"""So many touched contexts are not kept waiting, but are at the writer's, whose inbox is bounded: the largest of its
+groups.
+"""
 
 
 class Recorder(Observer):
@@ -391,9 +393,10 @@ class Recorder(Observer):
     def _touch(self, context: Context) -> None:
         if self._suspended or context._entry.over:
             return
-        if not self._touched:
+        touched = self._touched
+        if (not touched or len(touched) == _MANY) and not self._coming:
             self._ask()
-        self._touched[context] = None
+        touched[context] = None
 
     def _ask(self) -> None:
         self._coming = True

@@ -6,6 +6,8 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,44 @@ async def test_a_real_run_and_its_file(tmp_path: Path) -> None:
     assert (len(result), len(again), len(nothing)) == (500, 1, 0)
     assert sorted(data["n"] for _, data in rows(tmp_path / "j.db")) == list(range(501))
     assert {outcome for outcome, _ in rows(tmp_path / "j.db")} == {"output"}
+
+
+async def test_a_disk_that_hangs_holds_new_contexts_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total, pulled, disk = 40_000, 0, threading.Event()
+    commit = Store.commit
+
+    def hanging(store: Store, given: Any) -> None:
+        disk.wait(60)
+        commit(store, given)
+
+    def inputs() -> Iterator[dict[str, int]]:
+        nonlocal pulled
+        for pulled in range(1, total + 1):
+            yield {"n": pulled}
+
+    dag, journal = DAG(), SQLiteJournal(tmp_path / "j.db")
+
+    @dag.task
+    async def work(ctx: Context) -> Context:
+        return ctx
+
+    async with Executor(dag, config=ExecutorConfig(journal=journal)) as executor:
+        monkeypatch.setattr(Store, "commit", hanging)
+        running = asyncio.create_task(executor.run(inputs()))
+        while journal.writer is None or not (journal.writer.behind or pulled == total):
+            await asyncio.sleep(0)
+        held_at = pulled
+        for _ in range(100):
+            await asyncio.sleep(0)
+        try:
+            assert held_at < 15_000, "what its inbox holds, and what is touched"
+            assert pulled - held_at < 2_000, "those that a worker had begun with"
+        finally:
+            disk.set()
+        result = await running
+
+    assert len(result) == total
+    assert [data["n"] for outcome, data in rows(tmp_path / "j.db") if outcome == "output"] == list(range(1, total + 1))
 
 
 async def test_recovering_needs_a_journal() -> None:
