@@ -14,6 +14,7 @@ from obsdag import (
     Context,
     ContextError,
     DeadlineExceeded,
+    Executor,
     ExecutorConfig,
     NoOutputError,
     Observer,
@@ -22,6 +23,7 @@ from obsdag import (
     ServeExecutor,
     StopContext,
     TaskError,
+    Telemetry,
 )
 from obsdag.core.critical import critical_executions
 from obsdag.core.observer import Facts
@@ -845,6 +847,34 @@ def test_E6_a_failure_says_where_and_after_how_many_attempts() -> None:
         "context 'c0' failed at task 'fails' after 1 attempt(s): ValueError",
         "context 'c1' failed at task 'fails' after 1 attempt(s): ValueError: no",
     ]
+
+
+async def test_E6_what_a_failure_cancels_is_told_of_as_cancelled() -> None:
+    told: list[tuple[str, str]] = []
+    dag, under_way = DAG(), asyncio.Event()
+
+    class Listening(Observer):
+        quick_s = 0.0
+
+        def execution_finished(self, execution: Any, outcome: str, error: BaseException | None, now: float) -> None:
+            told.append((execution.task.id, outcome))
+
+    @dag.task
+    async def lasting(ctx: Context) -> Context:
+        under_way.set()
+        await asyncio.Event().wait()
+        return ctx
+
+    @dag.task
+    async def failing(ctx: Context) -> Context:
+        await under_way.wait()
+        raise ValueError
+
+    config = ExecutorConfig(task_worker_num=0, telemetry=Telemetry.off(), observers=[Listening()])
+    result = await Executor(dag, config=config).run([{}])
+
+    assert told == [("failing", "error"), ("lasting", "cancelled")]
+    assert [failure.task for failure in result.failures] == ["failing"]
 
 
 async def test_S1_a_ticket_has_all_that_came_of_its_context() -> None:
