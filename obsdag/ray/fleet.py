@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from obsdag.errors import ConfigError
 from obsdag.ray.cluster import Cluster, ShardDied, ShardRaised
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ __all__ = ["Fleet", "Member"]
 
 FOLLOW_S = 2.0
 """Time between two looks at the size of a cluster that shards are to follow."""
+_log = logging.getLogger("obsdag.ray")
 
 
 class Member(NamedTuple):
@@ -51,6 +54,7 @@ class Fleet:
         self.span: tuple[int, float] | None = None
         self.targets: dict[str, str] = {}
         self._file_sd = None if file_sd is None else Path(file_sd)
+        self._is_listed = True
         self._cluster = cluster
         self._carried = dag, config
         self._options = dict(options)
@@ -60,8 +64,12 @@ class Fleet:
         self._number = 0
 
     def enter(self) -> None:
-        """Connects, for the first user."""
+        """Connects, for the first user. Raises ConfigError where the list of targets cannot be written."""
         if not self._users:
+            try:
+                self._write_targets()
+            except OSError as error:
+                raise ConfigError(f"file_sd={str(self._file_sd)!r} cannot be written ({error}): name another") from None
             self._cluster.acquire()
         self._users += 1
 
@@ -129,7 +137,20 @@ class Fleet:
         self._ready.add(member.name)
         if target and self.targets.get(member.name) != target:
             self.targets[member.name] = target
+            self._list_targets()
+
+    def _list_targets(self) -> None:
+        """Writes the list anew; where that has become impossible shards go on unlisted, and the next change tries it
+        again.
+        """
+        try:
             self._write_targets()
+        except OSError as error:
+            if self._is_listed:
+                _log.warning("%s cannot be written, Prometheus has an old list of shards: %s", self._file_sd, error)
+            self._is_listed = False
+        else:
+            self._is_listed = True
 
     def _write_targets(self) -> None:
         """The list for Prometheus's `file_sd_configs`, whole or not at all."""
@@ -149,7 +170,7 @@ class Fleet:
         self._cluster.kill(member.actor)
         self._ready.discard(member.name)
         if self.targets.pop(member.name, None) is not None:
-            self._write_targets()
+            self._list_targets()
 
     def seen(self, member: Member, shard: Shard | None) -> dict[str, Any]:
         """One of them as plain values; shard: what its run knows of it, None before it has begun there."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import urllib.request
 from collections import Counter
@@ -276,6 +277,27 @@ async def test_the_sum_of_the_shards_counters_is_the_drivers(nodes: Any, tmp_pat
 
     assert json.loads(targets.read_text()) == []
     assert not shards.targets
+
+
+async def test_a_list_that_can_no_longer_be_written_costs_no_root(
+    nodes: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    options: dict[str, Any] = {"telemetry": lambda shard: Telemetry(), "ops": {}, "file_sd": folder / "shards.json"}
+    async with RayExecutor(dags.mixed, PARALLEL, shards=2, shard_options=PLACE, **options) as shards:
+        assert json.loads((folder / "shards.json").read_text()) == []
+        shutil.rmtree(folder)
+        await shards.run(numbers(10))
+        folder.mkdir()
+        shards.scale(1)
+        result = await shards.run(numbers(10))
+
+    assert sum(result.counts.values()) == 2 * result.counts["entered"]  # which is one of the counts
+    assert [record.message.partition(":")[0] for record in caplog.records if record.name == "obsdag.ray"] == [
+        f"{folder / 'shards.json'} cannot be written, Prometheus has an old list of shards"
+    ]
+    assert json.loads((folder / "shards.json").read_text()) == []
 
 
 async def test_shards_follow_the_machines_of_the_cluster(nodes: Any) -> None:

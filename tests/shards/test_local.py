@@ -124,6 +124,12 @@ def test_a_client_address_is_refused() -> None:
         RayExecutor(dag(), address="ray://10.1.2.3:10001")
 
 
+async def test_a_list_of_targets_that_cannot_be_written_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    place = tmp_path / "nowhere" / "shards.json"
+    with pytest.raises(ConfigError, match=r"file_sd='.*nowhere/shards.json' cannot be written .*: name another"):
+        await RayExecutor(dag(), shards=1, ops={}, file_sd=place).run([{}])
+
+
 @pytest.mark.parametrize("shards", [0, -1, 1.5, True, "all", (1,), (0, 2), (3, 2), (1, "2")])
 def test_shards_are_a_number_or_a_span(shards: Any) -> None:
     with pytest.raises(ConfigError, match="shards"):
