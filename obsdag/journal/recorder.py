@@ -70,7 +70,7 @@ class Recorder(Observer):
         self._touched: dict[Context, None] = {}  # whoever is the first in it asks for `_turn_over`
         self._coming = False  # `_turn_over`, before anything new
         self._urgent = False  # somebody waits for what was touched
-        self._refused: list[Context] = []  # their data has no form
+        self._refused: deque[Context] = deque()  # their data has no form
         self._sent = self._committed = 0
         self._units: deque[tuple[int, int]] = deque()  # (the writer's number, ours)
         self._news: deque[tuple[int, int, float]] = deque()  # what `committed` was told
@@ -80,7 +80,7 @@ class Recorder(Observer):
         self._trials: deque[list[Saved]] = deque()
         self._tried: list[Context] = []
         self._moved: set[Context] = set()  # see Recovery; each is written down when it is in the run
-        self._suspended = self._slowed = self._restoring = False
+        self._suspended = self._slowed = self._restoring = self._lived = False
         self._over = 0  # contexts that ended since it was pruned
         self._pruning: Future[None] = Future()
         self._pruning.set_result(None)
@@ -389,6 +389,8 @@ class Recorder(Observer):
         except EncodingError as error:
             entry.problem = error.with_traceback(None)
             self._refused.append(context)
+            if not (self._coming or self._suspended):
+                self._ask()  # it ends with this turn, however slow the disk is
 
     def _touch(self, context: Context) -> None:
         if self._suspended or context._entry.over:
@@ -412,7 +414,7 @@ class Recorder(Observer):
         try:
             while self._news:
                 self._on_committed(*self._news.popleft())
-            if self._urgent or len(self._units) < _UNDER_WAY or len(self._touched) >= _MANY:
+            if self._urgent or self._refused or len(self._units) < _UNDER_WAY or len(self._touched) >= _MANY:
                 self.flush()
         except Exception as error:  # a bug of obsdag's must not pass for durability
             self._on_failed(JournalError(f"journal {self.journal.path} cannot be written: {error!r}"))
@@ -422,7 +424,7 @@ class Recorder(Observer):
         if self._suspended or not self._touched:
             return
         while self._refused:
-            self._refuse(self._refused.pop(0))
+            self._refuse(self._refused.popleft())
         now = time.time()
         number, at_source = self._number, self._at_source
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
@@ -453,7 +455,8 @@ class Recorder(Observer):
 
     def _keep_house(self) -> None:
         now = time.monotonic()
-        if self._writer.store.crashes and now - self._began > _ALIVE_S:
+        if self._writer.store.crashes and not self._lived and now - self._began > _ALIVE_S:
+            self._lived = True
             self._writer.call(Store.end_crash_streak)
         if now - self._looked > _LOOK_S:
             self._looked = now

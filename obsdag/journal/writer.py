@@ -71,8 +71,9 @@ class Writer:
         self.depth = 0
         self._group_rows, self._group_s, self._inbox_rows = group_rows, group_s, inbox_rows
         self._inbox: deque[tuple[int, dict[int, Cells]]] = deque()
-        self._calls: deque[tuple[Callable[[Store], Any], Future[Any]]] = deque()
+        self._calls: deque[tuple[int, Callable[[Store], Any], Future[Any]]] = deque()  # behind which unit they stand
         self._number = 0
+        self._done = 0  # units up to this one are committed, or given up
         self._listeners: list[Listener] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -145,7 +146,7 @@ class Writer:
     def _queue_call(self, function: Callable[[Store], _T]) -> Future[_T]:
         future: Future[_T] = Future()
         with self._wake:
-            self._calls.append((function, future))
+            self._calls.append((self._number, function, future))
             self._wake.notify()
         return future
 
@@ -186,23 +187,30 @@ class Writer:
             self._ended.set_result(None)
 
     def _work_off(self) -> None:
-        """Commits units until none is left, then answers a call that stood behind them, and so on."""
+        """Commits units, and answers each call when the units that stood before it are committed: where more and more
+        come it would else wait for ever.
+        """
         while True:
-            while self._inbox:
+            with self._wake:
+                call = None
+                if self._calls and (self._calls[0][0] <= self._done or not self._inbox):
+                    call = self._calls.popleft()
+                elif not self._inbox:
+                    return
+            if call is not None:
+                self._answer(call[1], call[2])
+            else:
                 last, group = self._gather()
                 self._commit(last, list(group.values()))
-            with self._wake:  # at a moment at which no unit is pending: it may be one that came before the call
-                if self._inbox:
-                    continue
-                if not self._calls:
-                    return
-                function, future = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue  # whoever asked was cancelled meanwhile
-            try:
-                future.set_result(function(self.store))
-            except BaseException as error:
-                future.set_exception(error)
+                self._done = max(self._done, last)  # in line, what is told of a commit may have made another
+
+    def _answer(self, function: Callable[[Store], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # whoever asked was cancelled meanwhile
+        try:
+            future.set_result(function(self.store))
+        except BaseException as error:
+            future.set_exception(error)
 
     def _gather(self) -> tuple[int, dict[int, Cells]]:
         """Whole units: until there are rows enough, the time is over, or nothing else is pending."""

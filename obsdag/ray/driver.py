@@ -23,7 +23,7 @@ from obsdag.core.records import Failure, Stall
 from obsdag.core.states import OUTCOMES
 from obsdag.errors import ContextError, EncodingError, PoolError
 from obsdag.inputs import as_context
-from obsdag.pools.carry import RemoteFailure, unpack_error
+from obsdag.pools.carry import RemoteFailure, str_of, unpack_error
 from obsdag.ray.accepted import accept
 from obsdag.ray.cluster import ShardDied, ShardRaised
 from obsdag.ray.contexts import check_id, read, seed_of
@@ -426,7 +426,7 @@ class Driver:
         try:
             told = read(ended, context, self._codec)
         except Exception as error:  # pickled, of a class say that a shard knows and this process does not
-            text = f"what came of it cannot be read here ({type(error).__name__}: {error})"
+            text = f"what came of it cannot be read here ({type(error).__name__}: {str_of(error)})"
             self._fail(context, EncodingError(text), ended.token)
             return
         if ended.counts is not None:

@@ -19,7 +19,7 @@ from obsdag.core.observer import Observer
 from obsdag.core.records import Execution, Scope, Stall
 from obsdag.errors import EncodingError
 from obsdag.executor import Executor, RunResult, _numbers
-from obsdag.pools.carry import pack_error
+from obsdag.pools.carry import pack_error, str_of
 from obsdag.ray.wire import (
     Answers,
     Codec,
@@ -172,11 +172,9 @@ class ShardEngine(Executor):
             return
         for seed in seeds:
             try:
-                data = self._codec.decode(seed.data)
+                self._take_in(seed, self._codec.decode(seed.data))
             except Exception as error:  # pickled, of a class say that cannot be imported here
                 self._refuse(seed, error)
-            else:
-                self._take_in(seed, data)
         self._told_asks = 0
         shell.inputs = _Pulled(self)
         shell.kick()
@@ -192,7 +190,7 @@ class ShardEngine(Executor):
         self._inbox.append(context)
 
     def _refuse(self, seed: Seed, error: Exception) -> None:
-        text = f"the input cannot be read on a shard ({type(error).__name__}: {error})"
+        text = f"the input cannot be read on a shard ({type(error).__name__}: {str_of(error)})"
         failing = Failing.of(Made(), "source", 1, EncodingError(text))
         self._ended.append(Ended(seed.number, seed.token, "failed", outputs=[], failures=[failing]))
         self._taken += 1

@@ -114,6 +114,44 @@ async def test_a_disk_that_hangs_holds_new_contexts_back(tmp_path: Path, monkeyp
     assert [data["n"] for outcome, data in rows(tmp_path / "j.db") if outcome == "output"] == list(range(1, total + 1))
 
 
+async def test_data_without_a_form_ends_its_context_however_slow_the_disk_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, commit, seen = threading.Event(), Store.commit, []
+
+    def hanging(store: Store, given: Any) -> None:
+        disk.wait(60)
+        commit(store, given)
+
+    dag = DAG()
+
+    @dag.task
+    async def first(ctx: Context) -> Context:
+        for _ in range(20):  # so long that two units are at the writer's
+            await asyncio.sleep(0)
+        if ctx["n"] == 1:
+            ctx["thing"] = object()
+        return ctx
+
+    @dag.task(after=first)
+    async def second(ctx: Context) -> Context:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        seen.append(ctx["n"])
+        if len(seen) == 3:
+            disk.set()
+        return ctx
+
+    config = ExecutorConfig(context_worker_num=1, journal=SQLiteJournal(tmp_path / "j.db"))
+    async with Executor(dag, config=config) as executor:
+        monkeypatch.setattr(Store, "commit", hanging)
+        result = await executor.run({"n": n} for n in range(4))
+
+    assert sorted(seen) == [0, 2, 3]
+    assert [type(failure.exception) for failure in result.failures] == [EncodingError]
+    assert sorted(output["n"] for output in result) == [0, 2, 3]
+
+
 async def test_recovering_needs_a_journal() -> None:
     with pytest.raises(ConfigError, match="set ExecutorConfig"):
         await Executor(plus()).recover()

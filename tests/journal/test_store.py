@@ -4,6 +4,7 @@ the limits are the system's own.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import resource
@@ -317,6 +318,25 @@ def test_a_call_sees_what_came_before_it(tmp_path: Path) -> None:
     held.set()
     assert seen.result() == {"dag": {"living": 1}}
     writer.close()
+
+
+def test_a_call_is_answered_however_much_comes_after_it(tmp_path: Path) -> None:
+    writer, listening = started(tmp_path / "j.db")
+    numbers = itertools.count(1)
+    calling = threading.Event()
+
+    def more(number: int, rows: int, took_s: float) -> None:  # so that there is always something to commit
+        if not calling.is_set():
+            writer.put([row(next(numbers))])
+            writer.put([row(next(numbers))])
+
+    listening.committed = more  # type: ignore[method-assign]
+    writer.put([row(next(numbers))])
+    try:
+        assert writer.call(lambda _: "answered").result(20) == "answered"
+    finally:
+        calling.set()
+        writer.close()
 
 
 def test_an_inbox_beyond_its_bound_says_so_and_stays_bounded(tmp_path: Path) -> None:
