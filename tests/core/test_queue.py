@@ -1,11 +1,15 @@
-"""The lanes (E4): who loses the place and gets another is in the queue once, in the newest place."""
+"""The lanes (E4): who loses the place and gets another is in the queue once, in the newest place. And the timers."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from obsdag import Context
-from obsdag.core.queue import CONTINUING, NEW, ContextQueue
+from obsdag.core.queue import CONTINUING, IDLE, NEW, ContextQueue, TimerHeap
+from obsdag.core.records import Timer
 
 
 @pytest.mark.parametrize("lane", [CONTINUING, NEW])
@@ -39,3 +43,99 @@ def test_E4_a_place_that_was_lost_is_passed_over_and_counts_no_more() -> None:
     assert queue.lengths() == (1, 0, 0)
     assert queue.take() is first
     assert queue.lengths() == (0, 0, 0)
+
+
+class LanesAgainstLists(RuleBasedStateMachine):
+    """Two lists, right by reading: who goes on is taken from the end of one, who is new from the start of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = ContextQueue()
+        self.continuing: list[Context] = []
+        self.new: list[Context] = []
+        self.idle: list[Context] = []
+
+    @rule(count=st.integers(1, 70), lane=st.sampled_from([CONTINUING, NEW]))
+    def come(self, count: int, lane: int) -> None:
+        for _ in range(count):
+            context = Context()
+            self.queue.put(context, lane)
+            (self.continuing if lane == CONTINUING else self.new).append(context)
+
+    @precondition(lambda self: self.idle)
+    @rule(data=st.data())
+    def come_back(self, data: st.DataObject) -> None:
+        context = self.idle.pop(data.draw(st.integers(0, len(self.idle) - 1)))
+        self.queue.put(context, CONTINUING)
+        self.continuing.append(context)
+
+    @precondition(lambda self: self.continuing or self.new)
+    @rule(data=st.data(), share=st.integers(1, 8))
+    def lose_their_places(self, data: st.DataObject, share: int) -> None:
+        first = data.draw(st.integers(0, share - 1))
+        for context in [*self.continuing, *self.new][first::share]:
+            self.queue.forget(context)
+            (self.continuing if context in self.continuing else self.new).remove(context)
+            self.idle.append(context)
+
+    @rule(count=st.integers(1, 20))
+    def are_taken(self, count: int) -> None:
+        for _ in range(count):
+            expected = self.continuing.pop() if self.continuing else self.new.pop(0) if self.new else None
+            taken = self.queue.take()
+            assert taken is expected
+            if taken is not None:
+                taken._place = IDLE
+                self.idle.append(taken)
+
+    @invariant()
+    def has_those_lengths(self) -> None:
+        assert self.queue.lengths() == (len(self.continuing), len(self.new), 0)
+        assert self.queue.size == len(self.continuing) + len(self.new)
+        assert bool(self.queue) == bool(self.continuing or self.new)
+
+
+class TimersAgainstList(RuleBasedStateMachine):
+    """A list of those that are armed, in the order in which they were set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heap = TimerHeap()
+        self.armed: list[Timer] = []
+        self.now = 0.0
+
+    @rule(delays=st.lists(st.integers(0, 9), min_size=1, max_size=40))
+    def set(self, delays: list[int]) -> None:
+        self.armed += [self.heap.set(self.now + delay, _nothing, None) for delay in delays]
+
+    @precondition(lambda self: self.armed)
+    @rule(data=st.data(), share=st.integers(1, 4))
+    def cancel(self, data: st.DataObject, share: int) -> None:
+        for timer in self.armed[data.draw(st.integers(0, share - 1)) :: share]:
+            self.heap.cancel(timer)
+            self.heap.cancel(timer)
+            self.armed.remove(timer)
+
+    @rule(passed=st.integers(0, 5))
+    def fire(self, passed: int) -> None:
+        self.now += passed
+        due = sorted((timer for timer in self.armed if timer.when <= self.now), key=lambda timer: timer.when)
+        for timer in due:
+            assert self.heap.pop_due(self.now) is timer
+            self.armed.remove(timer)
+        assert self.heap.pop_due(self.now) is None
+
+    @invariant()
+    def knows_the_next(self) -> None:
+        assert self.heap.armed == len(self.armed)
+        assert self.heap.next_due() == min((timer.when for timer in self.armed), default=None)
+
+
+def _nothing(_: object, now: float) -> None:
+    """What a timer does here."""
+
+
+LanesAgainstLists.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLanesAgainstLists = LanesAgainstLists.TestCase
+TimersAgainstList.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestTimersAgainstList = TimersAgainstList.TestCase
