@@ -44,11 +44,6 @@ _LOOK_S: Final = 1.0
 _UNDER_WAY: Final = 2
 """Units at the writer's: one that it commits, and one that it goes on with."""
 
-_MANY: Final = 1_024
-"""So many touched contexts are not kept waiting, but are at the writer's, whose inbox is bounded: the largest of its
-groups.
-"""
-
 
 class Recorder(Observer):
     """One per run. Everything here happens on the run's thread, except `committed` and `failed`.
@@ -68,6 +63,7 @@ class Recorder(Observer):
         self._shell: RunShell | None = None
         self._loop = loop if loop is not None else asyncio.get_running_loop()
         self._touched: dict[Context, None] = {}  # whoever is the first in it asks for `_turn_over`
+        self._many = self._writer.most_rows  # of them go to the writer's bounded inbox, however much that has
         self._coming = False  # `_turn_over`, before anything new
         self._urgent = False  # somebody waits for what was touched
         self._refused: deque[Context] = deque()  # their data has no form
@@ -396,7 +392,7 @@ class Recorder(Observer):
         if self._suspended or context._entry.over:
             return
         touched = self._touched
-        if (not touched or len(touched) == _MANY) and not self._coming:
+        if (not touched or len(touched) == self._many) and not self._coming:
             self._ask()
         touched[context] = None
 
@@ -414,7 +410,7 @@ class Recorder(Observer):
         try:
             while self._news:
                 self._on_committed(*self._news.popleft())
-            if self._urgent or self._refused or len(self._units) < _UNDER_WAY or len(self._touched) >= _MANY:
+            if self._urgent or self._refused or len(self._units) < _UNDER_WAY or len(self._touched) >= self._many:
                 self.flush()
         except Exception as error:  # a bug of obsdag's must not pass for durability
             self._on_failed(JournalError(f"journal {self.journal.path} cannot be written: {error!r}"))

@@ -54,7 +54,7 @@ class WriterStats:
 
 
 class Writer:
-    """The thread of one open journal. depth: rows that wait."""
+    """The thread of one open journal. depth: rows that wait. most_rows: of a group, while many wait."""
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class Writer:
         self.stats = WriterStats()
         self.error: JournalError | None = None
         self.depth = 0
+        self.most_rows = 4 * group_rows
         self._group_rows, self._group_s, self._inbox_rows = group_rows, group_s, inbox_rows
         self._inbox: deque[tuple[int, dict[int, Cells]]] = deque()
         self._calls: deque[tuple[int, Callable[[Store], Any], Future[Any]]] = deque()  # behind which unit they stand
@@ -223,7 +224,7 @@ class Writer:
                     return last, group
                 last, unit = self._inbox.popleft()
                 self.depth -= len(unit)
-                most = self._group_rows * (4 if self.depth > self._group_rows else 1)
+                most = self.most_rows if self.depth > self._group_rows else self._group_rows
             group.update(unit)
             self.stats.rows += len(unit)
             if len(group) >= most or time.monotonic() > end:

@@ -76,13 +76,20 @@ async def test_a_real_run_and_its_file(tmp_path: Path) -> None:
     assert {outcome for outcome, _ in rows(tmp_path / "j.db")} == {"output"}
 
 
-async def test_a_disk_that_hangs_holds_new_contexts_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    total, pulled, disk = 40_000, 0, threading.Event()
-    commit = Store.commit
+def hang(patch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on commits wait for what is returned."""
+    disk, commit = threading.Event(), Store.commit
 
     def hanging(store: Store, given: Any) -> None:
         disk.wait(60)
         commit(store, given)
+
+    patch.setattr(Store, "commit", hanging)
+    return disk
+
+
+async def test_a_disk_that_hangs_holds_new_contexts_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total, pulled = 40_000, 0
 
     def inputs() -> Iterator[dict[str, int]]:
         nonlocal pulled
@@ -96,7 +103,7 @@ async def test_a_disk_that_hangs_holds_new_contexts_back(tmp_path: Path, monkeyp
         return ctx
 
     async with Executor(dag, config=ExecutorConfig(journal=journal)) as executor:
-        monkeypatch.setattr(Store, "commit", hanging)
+        disk = hang(monkeypatch)
         running = asyncio.create_task(executor.run(inputs()))
         while journal.writer is None or not (journal.writer.behind or pulled == total):
             await asyncio.sleep(0)
@@ -117,13 +124,8 @@ async def test_a_disk_that_hangs_holds_new_contexts_back(tmp_path: Path, monkeyp
 async def test_data_without_a_form_ends_its_context_however_slow_the_disk_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, commit, seen = threading.Event(), Store.commit, []
-
-    def hanging(store: Store, given: Any) -> None:
-        disk.wait(60)
-        commit(store, given)
-
     dag = DAG()
+    seen: list[int] = []
 
     @dag.task
     async def first(ctx: Context) -> Context:
@@ -144,7 +146,7 @@ async def test_data_without_a_form_ends_its_context_however_slow_the_disk_is(
 
     config = ExecutorConfig(context_worker_num=1, journal=SQLiteJournal(tmp_path / "j.db"))
     async with Executor(dag, config=config) as executor:
-        monkeypatch.setattr(Store, "commit", hanging)
+        disk = hang(monkeypatch)
         result = await executor.run({"n": n} for n in range(4))
 
     assert sorted(seen) == [0, 2, 3]
