@@ -17,6 +17,7 @@ from obsdag import (
     Exponential,
     Fixed,
     GraphError,
+    Observer,
     Runtime,
     TaskConfig,
     TaskError,
@@ -141,7 +142,14 @@ async def test_T1_a_list_with_something_wrong_lets_nothing_in(engine: Engine) ->
     assert_counts(result, failed=1)
 
 
-async def test_T1_what_another_completed_is_not_run_again_when_what_is_above_it_ends() -> None:
+class Recording(Observer):
+    """Asks for nothing but what released an execution, which is noted on a way of its own."""
+
+    needs_records = True
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["straight", "beside another"])
+async def test_T1_what_another_completed_is_not_run_again_when_what_is_above_it_ends(beside: bool) -> None:
     first, second = Context(name="first"), Context(name="second")
     ran: list[tuple[str, str]] = []
     begun, handed = asyncio.Event(), asyncio.Event()
@@ -161,16 +169,25 @@ async def test_T1_what_another_completed_is_not_run_again_when_what_is_above_it_
         handed.set()
         return [first, second]
 
-    @dag.task(after="hand")
+    @dag.task(after=["hand", "beside"] if beside else "hand")
     async def below(ctx: Context) -> Context:
         ran.append(("below", ctx.id))
         return ctx
 
-    result = await Engine(workers=2).run(dag, [first, second], debug=False)  # the short way of a straight stretch
+    expected = [("above", "first"), ("above", "second"), ("hand", "first"), ("below", "first"), ("below", "second")]
+    if beside:
+        expected += [("beside", "first"), ("beside", "second")]
+
+        @dag.task(name="beside")  # ready while `above` runs, and behind `hand`
+        async def _(ctx: Context) -> Context:
+            ran.append(("beside", ctx.id))
+            return ctx
+
+    observers = [Recording()] if beside else []
+    # Without debug: the short way of a straight stretch.
+    result = await Engine(workers=2).run(dag, [first, second], debug=False, observers=observers)
     assert_counts(result, output=2)
-    assert Counter(ran) == Counter(
-        [("above", "first"), ("above", "second"), ("hand", "first"), ("below", "first"), ("below", "second")]
-    )
+    assert Counter(ran) == Counter(expected)
 
 
 @every_schedule
