@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from obsdag.cli.common import OK, CliError, one_line, shown
+from obsdag.cli.common import FAILED, OK, CliError, one_line, shown
 from obsdag.errors import ObsdagError
 
 if TYPE_CHECKING:
@@ -65,13 +66,18 @@ def show(args: argparse.Namespace) -> int:
             if store.get("open"):
                 print(f"process {store.get('open')} died with it open; deaths in a row before: {store.get('crashes')}")
             return OK
-        marks = ", ".join("?" * len(args.ids))
-        found = list(records(store, f"tree IN (SELECT tree FROM contexts WHERE id IN ({marks}))", args.ids))
-        if not found:
-            raise CliError(f"{shown(args.file)} has no context of id {', '.join(map(repr, args.ids))}")
-        for each in found:
+        where, values = _of_ids(store, args)
+        for each in records(store, f"tree IN (SELECT tree FROM contexts WHERE {where})", values):
             print(_line(each, f"done: {', '.join(map(shown, each['done'])) or 'nothing'}"))
     return OK
+
+
+def _of_ids(store: Store, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """A condition for the rows of the given ids, and its values. Raises CliError for ids that are in no row."""
+    where = f"id IN ({', '.join('?' * len(args.ids))})"
+    if missing := set(args.ids) - {row.id for row in store.rows(where, args.ids)}:
+        raise CliError(f"{shown(args.file)} has no context of id {', '.join(map(repr, sorted(missing)))}")
+    return where, args.ids
 
 
 def _show_counts(file: str, counts: dict[str, dict[str, int]]) -> None:
@@ -83,10 +89,10 @@ def _show_counts(file: str, counts: dict[str, dict[str, int]]) -> None:
 
 def failed(args: argparse.Namespace) -> int:
     """The dead letters."""
-    from obsdag.journal.repair import FAILED, records
+    from obsdag.journal import repair
 
     with _opened(args.file) as store:
-        for each in records(store, "outcome IN (?, ?)", FAILED):
+        for each in repair.records(store, "outcome IN (?, ?)", repair.FAILED):
             error = each["error"] or {"task": "?", "attempts": 0, "type": "unknown", "text": ""}
             tried = f"at {error['task']} after {error['attempts']} attempt(s): {error['type']}: {error['text']}"
             print(_line(each, shown(one_line(tried))))
@@ -98,11 +104,18 @@ def retry(args: argparse.Namespace) -> int:
     from obsdag.journal import repair
 
     with _opened(args.file) as store:
-        found = repair.retry(store, args.ids)
-        if missing := set(args.ids) - set(found):
+        _of_ids(store, args)
+        again, never = repair.retry(store, args.ids)
+        if missing := set(args.ids) - {*again, *never}:
             print(f"not failed, or part of another that is retried: {', '.join(map(shown, sorted(missing)))}")
-    print(f"{len(found)} context(s) go on at the next recovery")
-    return OK
+    print(f"{len(again)} context(s) go on at the next recovery")
+    if never:
+        names = ", ".join(map(shown, never))
+        print(
+            f"left as they are, since their data had no form and is not here (enter them anew): {names}",
+            file=sys.stderr,
+        )
+    return FAILED if never else OK
 
 
 def export(args: argparse.Namespace) -> int:

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from obsdag.errors import JournalError
+from obsdag.errors import EncodingError, JournalError
 from obsdag.journal.codec import Body, Codec, Rare, mask_of
 from obsdag.journal.schema import Row, sealed
 from obsdag.journal.store import Store
 
-__all__ = ["FAILED", "describe", "records", "retry"]
+__all__ = ["FAILED", "Retried", "describe", "records", "retry"]
 
 FAILED: Final = ("failed", "stalled")
 _REVIVED: Final = (*FAILED, "cancelled")
+_NO_FORM: Final = f"{EncodingError.__module__}.{EncodingError.__qualname__}"
 _decode = msgspec.msgpack.Decoder(Body).decode
+
+
+class Retried(NamedTuple):
+    """Ids of the topmost contexts that are run again, and of those that cannot be, as their data is not in the file."""
+
+    again: list[str]
+    never: list[str]
 
 
 def records(store: Store, where: str = "1", values: Sequence[object] = ()) -> Iterator[dict[str, Any]]:
@@ -51,11 +59,11 @@ def describe(row: Row, codec: Codec, dag: str, tasks: Sequence[str]) -> dict[str
     return told
 
 
-def retry(store: Store, ids: Collection[str] = ()) -> list[str]:
+def retry(store: Store, ids: Collection[str] = ()) -> Retried:
     """Takes the outcome of failed and stalled contexts back, so that `recover` runs them again from where they failed.
 
-    ids: only these; none: all. With a context go those of its descendants that it took with it. Returns the ids of the
-    topmost ones, in order of key.
+    ids: only these; none: all. With a context go those of its descendants that it took with it, and if the data of one
+    of them had no form, which it failed by, all of them stay as they are. Ids are in order of key.
     """
     rows = {row.key: row for row in store.rows("tree IN (SELECT tree FROM contexts WHERE outcome IN (?, ?))", FAILED)}
     chosen = [row for row in rows.values() if row.outcome in FAILED and (not ids or row.id in ids)]
@@ -64,15 +72,25 @@ def retry(store: Store, ids: Collection[str] = ()) -> list[str]:
         if row.parent is not None:
             children.setdefault(row.parent, []).append(row.key)
     revived: dict[int, Row] = {}
+    never: dict[int, str] = {}
     for row in chosen:
-        pending = [row.key]
-        for key in pending:  # grows while it is walked
-            if key not in revived and rows[key].outcome in _REVIVED:
-                revived[key] = _revive(rows[key])
-                pending.extend(children.get(key, ()))
+        if row.key in revived or row.key in never:
+            continue
+        taken = [row.key]
+        for key in taken:  # grows while it is walked
+            taken.extend(child for child in children.get(key, ()) if rows[child].outcome in _REVIVED)
+        if any(_had_no_form(rows[key]) for key in taken):
+            never[row.key] = row.id
+        else:
+            revived |= {key: _revive(rows[key]) for key in taken}
     if revived:
         store.commit(list(revived.values()))
-    return [row.id for row in chosen if row.parent not in revived]
+    return Retried([row.id for row in chosen if row.key in revived and row.parent not in revived], list(never.values()))
+
+
+def _had_no_form(row: Row) -> bool:
+    failed = _decode(row.body).failed
+    return failed is not None and failed.kind == _NO_FORM
 
 
 def _revive(row: Row) -> Row:

@@ -107,6 +107,56 @@ def test_retry_goes_on_from_where_it_failed(journal: Path) -> None:
     assert told("failed", journal) == []
 
 
+def test_ids_that_nothing_has_change_nothing(journal: Path) -> None:
+    for action in ("show", "retry"):
+        assert told(action, journal, "order-1", "order-9", status=2) == [
+            f"obsdag journal: error: {journal} has no context of id 'order-9'"
+        ]
+    assert len(told("failed", journal)) == 2
+
+
+@pytest.mark.parametrize("where", ["parent", "child"])
+def test_what_failed_by_data_without_a_form_is_not_run_again_without_it(where: str, tmp_path: Path) -> None:
+    dag = DAG("odd")
+
+    @dag.task
+    async def spoil(ctx: Context) -> Context:
+        if where == "parent":
+            ctx["thing"] = object()
+        await asyncio.sleep(1)
+        return ctx
+
+    @dag.task(after=spoil, kind="map")
+    async def parts(ctx: Context) -> Any:
+        return [{"part": part} for part in range(2)]
+
+    @dag.task(after=parts)
+    async def spoil_one(ctx: Context) -> Context:
+        if ctx["part"] == 1:
+            ctx["thing"] = object()
+        return ctx
+
+    @dag.task(after=spoil_one)
+    async def last(ctx: Context) -> Context:
+        await asyncio.sleep(1)
+        return ctx
+
+    @dag.task(after=last, kind="join")
+    async def whole(ctx: Context, children: list[Context]) -> Context:
+        return ctx
+
+    async def main() -> None:
+        executor = Executor(dag, config=ExecutorConfig(journal=inline(tmp_path / "j.db")))
+        assert (await executor.run([Context(None, {"n": 1}, name="odd one")])).failures
+
+    run_virtual(main())
+    before = told("failed", tmp_path / "j.db")
+    assert "EncodingError" in "".join(before)
+    (line,) = told("retry", tmp_path / "j.db", "odd one", status=1)
+    assert line == "left as they are, since their data had no form and is not here (enter them anew): odd one"
+    assert told("failed", tmp_path / "j.db") == before
+
+
 def test_what_still_fails_fails_again(journal: Path) -> None:
     assert told("retry", journal)[-1] == "1 context(s) go on at the next recovery"
     result = recovered(shop(False), journal)
@@ -144,6 +194,6 @@ def test_a_stalled_context_can_be_retried(tmp_path: Path) -> None:
     run_virtual(main())
     store = Store(str(tmp_path / "j.db"), look=True)
     store.open()
-    assert len(retry(store)) == 1
+    assert len(retry(store).again) == 1
     store.close()
     assert len(recovered(dag, tmp_path / "j.db")) == 1
