@@ -51,10 +51,10 @@ DEFECTS = (
         (
             (
                 "obsdag/core/joins.py",
-                "                return\n        self._stall(context, self._diagnose(context), now)",
-                "                return\n        self.timers.set(now + 20.0, self._late, context)\n\n"
+                "        else:\n            self._stall(context, self._diagnose(context), now)\n\n    def _awaits",
+                "        else:\n            self.timers.set(now + 20.0, self._late, context)\n\n"
                 "    def _late(self, context: Context, now: float) -> None:\n        if context._outcome is None:\n"
-                "            self._stall(context, self._diagnose(context), now)",
+                "            self._stall(context, self._diagnose(context), now)\n\n    def _awaits",
             ),
         ),
     ),
@@ -132,7 +132,7 @@ DEFECTS = (
                 "return dict(self._data) if copy_data else {}",
                 "return self._data if copy_data else {}",
             ),
-            ("obsdag/context.py", "= dict(data)", "= data if isinstance(data, dict) else dict(data)"),
+            ("obsdag/context.py", "data.copy() if type(data) is dict", "data if isinstance(data, dict)"),
         ),
         ("tests/rules/test_C_data_and_ready.py",),
     ),
