@@ -123,17 +123,21 @@ def test_four_processes_have_a_port_each_and_prometheus_finds_them(tmp_path: Pat
     ):
         until(lambda: len(list(targets.glob("*.json"))) == 4, "four target files")
         until(lambda: len(prometheus.now("up == 1")) == 4, "four targets that are up")
-        with load(tmp_path, service.url, 4) as tallies:
-            pass
         done = 'sum(obsdag_contexts_finished_total{outcome="output"})'
-        tally: Tally = tallies[0]
-        until(lambda: _value(prometheus, done) >= tally.answers, "all quotes in Prometheus")
-        by_process = prometheus.now(done.replace("sum(", "sum by (process) (") + " > 0")
+        tallies: list[Tally] = []
+        by_process: list[Any] = []
+        while len(by_process) < 2 and len(tallies) < 20:  # the kernel may give all connections of a load to one process
+            with load(tmp_path, service.url, 1) as found:
+                pass
+            tallies += found
+            answers = sum(tally.answers for tally in tallies)
+            until(lambda: _value(prometheus, done) >= answers, "all quotes in Prometheus")  # noqa: B023 (called here)
+            by_process = prometheus.now(done.replace("sum(", "sum by (process) (") + " > 0")
         service.stop()
 
-    assert set(tally.statuses) == {200}
+    assert all(set(tally.statuses) == {200} for tally in tallies)
     assert len({each["metric"]["process"] for each in by_process}) >= 2
-    assert sum(sum(counts["answered"].values()) for counts in service.counts()) >= tally.answers
+    assert sum(sum(counts["answered"].values()) for counts in service.counts()) >= answers
     assert list(targets.iterdir()) == [], "targets that are gone are no targets"
 
 
