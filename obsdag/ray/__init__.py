@@ -8,6 +8,7 @@ cluster     all that is Ray's: connection, actors, what is refused
 fleet       the shards between runs
 contexts    roots, and contexts that shards speak of, as messages
 accepted    the driver's journal: what was accepted, and what became of it
+feed        an async input: asked for items, and ended
 driver      one run, on the driver's event loop
 executor    `RayExecutor`: opens runs and sees them to their end
 """

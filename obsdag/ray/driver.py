@@ -4,8 +4,9 @@ Everything happens on the driver's event loop. There is a task for each shard, w
 `_pump`, which gives roots to the shards that have room whenever something has changed. What goes where is decided by
 `Sharding`.
 
-The end of a run, by steps (`close`): 1. shards are told to end, which cancels what lives there if the run ends early;
-2. those that do not answer within the grace are killed; 3. what has no outcome yet is `cancelled`.
+The end of a run, by steps (`close`): 1. an async input is ended and closed, or given up after the grace; 2. shards are
+told to end, which cancels what lives there if the run ends early; 3. those that do not answer within the grace are
+killed; 4. what has no outcome yet is `cancelled`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from obsdag.pools.carry import RemoteFailure, str_of, unpack_error
 from obsdag.ray.accepted import accept
 from obsdag.ray.cluster import ShardDied, ShardRaised
 from obsdag.ray.contexts import check_id, read, seed_of
+from obsdag.ray.feed import Feed
 from obsdag.ray.sharding import Root, Shard, Sharding
 from obsdag.ray.wire import Batch, Codec, Ended, decode_answers, encode
 
@@ -89,8 +91,7 @@ class Driver:
         self._codec = codec
         self._headers = headers
         self._inputs: Iterator[Any] | None = inputs if isinstance(inputs, Iterator) else None
-        self._feeding: AsyncIterator[Any] | None = None if isinstance(inputs, Iterator) else inputs
-        self._wanted = asyncio.Event()
+        self._feed = None if isinstance(inputs, Iterator) else Feed(inputs, self._take_input, self._inputs_ended)
         self._living: dict[Context, Root | None] = {}
         self._members: dict[str, Member] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
@@ -98,7 +99,6 @@ class Driver:
         self._leaving: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stillborn = 0
-        self._budget = 0
         self._pumping = False
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -119,8 +119,8 @@ class Driver:
             self._spawn(self._fleet.follow(self.resize))
         for member in self._fleet.take():
             self._take_in(member)
-        if self._feeding is not None:
-            self._spawn(self._feed(self._feeding))
+        if self._feed is not None:
+            self._feed.task = self._spawn(self._feed.run())
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self.loop.create_task(coroutine)
@@ -148,21 +148,27 @@ class Driver:
         """Ends the run by the steps at the top of this module."""
         if self._alarm is not None:
             self._alarm.cancel()
-        tasks = list(self._tasks)
+        tasks = self._tasks - {None if self._feed is None else self._feed.task}
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
         try:
-            if self._feeding is not None and hasattr(self._feeding, "aclose"):
-                await self._feeding.aclose()
-        finally:  # that is the caller's code, and may raise
-            await asyncio.gather(*(self._let_go(member) for member in list(self._members.values())))
-            if self.early and self.recorder is not None:
-                self.recorder.suspend()  # what has no outcome yet is taken up by the next process
-            for context in list(self._living):
-                self._close(context, "cancelled", None)
-                self.on_ended(context)
+            if tasks:
+                await asyncio.wait(tasks)  # ours, which end
+            if self._feed is not None:
+                self.abandoned += await self._feed.close(self.config.shutdown_grace)
+        finally:  # the inputs are the caller's code, and may raise
+            try:
+                await asyncio.gather(*(self._let_go(member) for member in list(self._members.values())))
+            finally:
+                self._close_living()
+
+    def _close_living(self) -> None:
+        """What has no outcome yet is `cancelled`; where there is a journal the next process takes it up."""
+        if self.early and self.recorder is not None:
+            self.recorder.suspend()
+        for context in list(self._living):
+            self._close(context, "cancelled", None)
+            self.on_ended(context)
 
     async def _let_go(self, member: Member) -> None:
         """A shard goes back to the fleet; one that is not ready yet, too, if the fleet is kept for further runs."""
@@ -180,14 +186,20 @@ class Driver:
         except (TimeoutError, ShardDied, ShardRaised):
             self._fleet.drop(member)
             return False
+        except Exception as raised:  # of Ray, which raises plain ones, too, when its connection is gone
+            self._cleanup_failed(f"the end of {member.name}", raised)
+            self._fleet.drop(member)
+            return False
         self.numbers.update({name: told["numbers"][name] for name in told["numbers"] if name not in self.counts})
         self.abandoned += [f"{member.name}: {each}" for each in told["abandoned"]]
         for what, error in told["cleanup_errors"]:
-            found = unpack_error(RemoteFailure(*error))
-            self.cleanup_errors.append((what, found))
-            if self.facts.cleanup_failed is not None:
-                self.facts.cleanup_failed(what, found)
+            self._cleanup_failed(what, unpack_error(RemoteFailure(*error)))
         return True
+
+    def _cleanup_failed(self, what: str, error: BaseException) -> None:
+        self.cleanup_errors.append((what, error))
+        if self.facts.cleanup_failed is not None:
+            self.facts.cleanup_failed(what, error)
 
     # --- a shard's life
 
@@ -297,10 +309,9 @@ class Driver:
                 batch = Batch([seed_of(root) for root in roots])
                 self._members[shard.name].actor.feed.remote(encode(batch))
                 roots = self._take(shard) if len(roots) == BATCH else []
-        if self._feeding is not None:
+        if self._feed is not None:
             full = self.buffered >= self.config.max_live_contexts
-            self._budget = 0 if full else sum(map(self.sharding.room, self.sharding.shards.values()))
-            self._wanted.set()
+            self._feed.allow(0 if full else sum(map(self.sharding.room, self.sharding.shards.values())))
         elif self._inputs is None and not self.open_ended and (self.recorder or self).settled():
             self.done.set_result(None)
 
@@ -398,23 +409,20 @@ class Driver:
 
     # --- inputs
 
-    async def _feed(self, inputs: AsyncIterator[Any]) -> None:
-        """Asks an async input for an item whenever a shard has room."""
-        try:
-            while True:
-                while self._budget <= 0:
-                    self._wanted.clear()
-                    await self._wanted.wait()
-                root = self._enter(await anext(inputs))
-                if root is not None:
-                    self.sharding.queue.append(root)
-                    self._budget -= 1
-                self.pump_soon()
-        except StopAsyncIteration:
-            self._feeding = None
-            self._pump()
-        except Exception as error:
+    def _take_input(self, item: Any) -> bool:
+        """An item of an async input enters; whether it is on its way to a shard."""
+        root = self._enter(item)
+        if root is not None:
+            self.sharding.queue.append(root)
+        self.pump_soon()
+        return root is not None
+
+    def _inputs_ended(self, error: Exception | None) -> None:
+        if error is not None:
             self.end_early("input", error)
+        else:
+            self._feed = None
+            self._pump()
 
     # --- what came of a root
 

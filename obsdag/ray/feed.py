@@ -1,0 +1,90 @@
+"""An async input of a run on shards: the caller's code, which may raise, wait, and not want to end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+__all__ = ["Feed"]
+
+_RECANCEL_S = 0.05  # how often a cancellation that was swallowed is asked for again
+
+
+class Feed:
+    """Asks an async input for an item whenever `allow` says that there is room for one.
+
+    take: is given each item; whether it takes up room. ended: told when there are no more, with the error if one was
+    raised. States: (run) asking -> ended, by itself | (close) closed -> given up, if it does not let itself be ended.
+    task: of `run`.
+    """
+
+    def __init__(
+        self,
+        inputs: AsyncIterator[Any],
+        take: Callable[[Any], bool],
+        ended: Callable[[Exception | None], None],
+    ) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self._inputs = inputs
+        self._take = take
+        self._ended = ended
+        self._room = 0
+        self._wanted = asyncio.Event()
+        self._given_up = False
+
+    def allow(self, room: int) -> None:
+        """There is room for so many items from now on."""
+        self._room = room
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Goes on until there are no more items."""
+        try:
+            while True:
+                while self._room <= 0:
+                    self._wanted.clear()
+                    await self._wanted.wait()
+                item = await anext(self._inputs)
+                if self._given_up:  # the run is over
+                    return
+                self._room -= self._take(item)
+        except StopAsyncIteration:
+            self._ended(None)
+        except Exception as error:
+            self._ended(error)
+
+    async def close(self, grace_s: float) -> list[str]:
+        """Ends and closes the input; what does not let it within `grace_s` seconds is given up, and told in words.
+
+        Raises what closing it raises.
+        """
+        end = asyncio.get_running_loop().time() + grace_s
+        if self.task is not None and not await _cancelled(self.task, grace_s):
+            self._given_up = True  # it runs, so it cannot be closed
+            return ["the input swallows its cancellation"]
+        if not hasattr(self._inputs, "aclose"):
+            return []
+        closing = asyncio.get_running_loop().create_task(_itself(self._inputs.aclose()))
+        await asyncio.wait([closing], timeout=max(end - asyncio.get_running_loop().time(), _RECANCEL_S))
+        if not closing.done():
+            await _cancelled(closing, _RECANCEL_S)
+            return ["the input did not close within the grace"]
+        if not closing.cancelled():
+            closing.result()
+        return []
+
+
+async def _cancelled(task: asyncio.Task[None], grace_s: float) -> bool:
+    """Cancels it, again if that is swallowed, until the grace is over (E9); whether it has ended."""
+    left = max(grace_s, _RECANCEL_S)
+    while not task.done() and left > 0.0:
+        task.cancel()
+        await asyncio.wait([task], timeout=min(left, _RECANCEL_S))
+        left -= _RECANCEL_S
+    return task.done()
+
+
+async def _itself(awaitable: Any) -> None:
+    """What a task can be made of: `aclose` of an async generator is awaitable, and no coroutine."""
+    await awaitable

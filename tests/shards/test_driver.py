@@ -1,0 +1,129 @@
+"""The driver's own rules, with shards in this process, in virtual time: how a run ends, whatever will not end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from obsdag import Context, ExecutorConfig
+from obsdag.testing import run_virtual
+from tests.shards import dags
+
+pytest.importorskip("ray", reason="needs Ray: pip install 'obsdag[ray]'")
+
+from obsdag.ray import RayExecutor, RayServeExecutor
+from obsdag.ray.driver import Driver
+from tests.shards.nearby import nearby
+
+GRACE_S = 2.0
+GONE = Exception("Failed to submit task to actor: can't find it")  # as Ray raises it after `ray.shutdown()`
+CONFIG = ExecutorConfig(context_worker_num=2, task_worker_num=0, shutdown_grace=GRACE_S)
+
+
+class Stubborn(AsyncIterator[dict[str, int]]):
+    """One item, and then it waits, however often it is cancelled. released: ends the wait, with one more item."""
+
+    def __init__(self) -> None:
+        self.released = asyncio.Event()
+        self.asked = 0
+
+    async def __anext__(self) -> dict[str, int]:
+        self.asked += 1
+        if self.asked > 1:
+            await self._wait()
+        return {"x": self.asked}
+
+    async def _wait(self) -> None:
+        while not self.released.is_set():
+            try:
+                await self.released.wait()
+            except asyncio.CancelledError:
+                continue
+
+
+class Unclosed(Stubborn):
+    """The same, but the wait can be cancelled, and its closing cannot."""
+
+    async def __anext__(self) -> dict[str, int]:
+        self.asked += 1
+        if self.asked > 1:
+            await self.released.wait()
+        return {"x": self.asked}
+
+    async def aclose(self) -> None:
+        await self._wait()
+
+
+async def _left(inputs: Stubborn) -> tuple[float, Driver]:
+    """Seconds that it took to leave a stream of these inputs after its first output, and its driver."""
+    executor = RayExecutor(dags.mixed, CONFIG, shards=1)
+    cluster, loop = nearby(executor), asyncio.get_running_loop()
+    async with executor.stream(inputs) as outputs:
+        await anext(outputs)
+        left = loop.time()
+    took_s = loop.time() - left
+    inputs.released.set()
+    await cluster.gone()
+    while len(asyncio.all_tasks()) > 1:
+        await asyncio.sleep(0)
+    return took_s, outputs._driver
+
+
+def test_E9_an_input_that_swallows_its_cancellation_is_given_up_after_the_grace_and_told() -> None:
+    took_s, driver = run_virtual(_left(Stubborn()))
+
+    assert took_s == pytest.approx(GRACE_S, abs=0.1)
+    assert driver.abandoned == ["the input swallows its cancellation"]
+    assert driver.counts == {**dict.fromkeys(driver.counts, 0), "entered": 4, "output": 1, "merged": 3}
+
+
+def test_E9_an_input_that_cannot_be_closed_is_given_up_after_the_grace_and_told() -> None:
+    took_s, driver = run_virtual(_left(Unclosed()))
+
+    assert took_s == pytest.approx(GRACE_S, abs=0.2)
+    assert driver.abandoned == ["the input did not close within the grace"]
+
+
+# --- a shard whose end goes wrong
+
+
+def test_an_error_that_nobody_expects_at_the_end_of_a_shard_leaves_no_context_without_an_outcome() -> None:
+    given = [Context(None, {"x": number}) for number in range(6)]
+
+    async def main() -> Driver:
+        executor = RayExecutor(dags.stuck, CONFIG, shards=2)
+        cluster = nearby(executor)
+        async with executor.stream(iter(given)) as outputs:
+            while outputs.counts["entered"] < 4:
+                await asyncio.sleep(0)
+            cluster.actors[0].refuses["end"] = GONE
+        await cluster.gone()
+        assert not cluster._users
+        return outputs._driver
+
+    driver = run_virtual(main())
+
+    assert [each.outcome for each in given] == ["cancelled"] * 4 + [None] * 2
+    assert driver.counts == {**dict.fromkeys(driver.counts, 0), "entered": 4, "cancelled": 4}
+    assert [(what, type(error)) for what, error in driver.cleanup_errors] == [("the end of shard-1", Exception)]
+
+
+def test_an_error_that_nobody_expects_at_the_end_of_a_shard_leaves_no_ticket_unanswered() -> None:
+    async def main() -> tuple[list[str], dict[str, Any]]:
+        executor = RayServeExecutor(dags.stuck, CONFIG, shards=2)
+        cluster = nearby(executor, lambda actor: actor.refuses.update(end=GONE, close=GONE))
+        async with executor:
+            tickets = [await executor.submit() for _ in range(3)]
+            while not all(ticket.status == "running" for ticket in tickets):
+                await asyncio.sleep(0)
+            await executor.drain(0.0)
+        await cluster.gone()
+        return [ticket.status for ticket in tickets], executor.stats()
+
+    states, stats = run_virtual(main())
+
+    assert states == ["cancelled"] * 3
+    assert (stats["entered"], stats["cancelled"], stats["living"]) == (3, 3, 0)
