@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import ray
 
 from obsdag.errors import PoolError
+from obsdag.mailbox import see_through
 from obsdag.pools import PoolJob
 from obsdag.pools.job import fail_quietly, tell
 from obsdag.ray.cluster import Cluster
@@ -23,6 +24,9 @@ __all__ = ["RayCluster", "RayJobs"]
 
 _OWN = ("num_cpus", "num_gpus", "memory")
 _DEATH_S = 10.0  # a cancelled job's process is dead at once, unless its machine is out of reach; then it is given up
+_CONNECT_S = 10.0
+"""A connection that is being made gets so long when nobody wants it any more: Ray takes 4 s, and minutes where nobody
+answers, and a thread cannot be stopped."""
 
 
 class RayCluster(Cluster):
@@ -123,21 +127,49 @@ class RayJobs:
         return False
 
     async def close(self, grace: float) -> list[str]:
-        """Ends all jobs; those that run get up to `grace` seconds. Returns a line for each that had to be killed."""
+        """Ends all jobs; those that run get up to `grace` seconds. Returns a line for each that had to be killed.
+
+        Cancelled, it kills what is left at once, and lets go of the connection all the same.
+        """
         self._closed = True
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=grace)
-        killed = sorted(f"the Ray task of {job.label} was killed while it ran" for job in self._running if job.started)
-        for job in list(self._running):
+        left: list[str] = []
+        try:
+            await _ended([task for job, task in self._running.items() if not job.over], grace)
+            left += sorted(
+                f"the Ray task of {job.label} was killed while it ran" for job in self._running if job.started
+            )
+        finally:
+            self._abandon_all()
+            await see_through(self._disconnect(left))
+        return left
+
+    def _abandon_all(self) -> None:
+        for job, task in list(self._running.items()):
             job.abandon()
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=_DEATH_S)
+            if job not in self._told:  # it waits for a connection, and nothing of it is out there
+                task.cancel()
+
+    async def _disconnect(self, left: list[str]) -> None:
+        """Lets go of the cluster when jobs are dead; of one that still connects, when it is connected."""
+        await _ended(self._running.values(), _DEATH_S)
         connecting, self._connecting = self._connecting, None
-        if connecting is not None:
-            await asyncio.wait([connecting])
-            if _went_well(connecting):
-                await asyncio.to_thread(self._cluster.release)
-        return killed
+        if connecting is None:
+            return
+        await _ended([connecting], _CONNECT_S)
+        if not connecting.done():
+            left.append("the connection to the Ray cluster is still being made")
+            connecting.add_done_callback(self._release_late)
+        elif _went_well(connecting):
+            await asyncio.to_thread(self._cluster.release)
+
+    def _release_late(self, connecting: asyncio.Task[None]) -> None:
+        if _went_well(connecting):
+            asyncio.get_running_loop().run_in_executor(None, self._cluster.release)
+
+
+async def _ended(tasks: Collection[asyncio.Task[None]], most_s: float) -> None:
+    if tasks:
+        await asyncio.wait(tasks, timeout=most_s)
 
 
 def _went_well(task: asyncio.Task[None]) -> bool:

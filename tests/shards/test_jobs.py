@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,88 @@ if __name__ == "__main__":
     result = executor.run_sync([{"n": n} for n in (1, 2, 3)])
     print(sorted(output["square"] for output in result), ray.is_initialized())
 """
+
+
+# --- how the connection ends
+
+
+class Reached(RayCluster):
+    """A cluster that answers when `answers` is set. users: who has it and has not let go of it."""
+
+    def __init__(self) -> None:
+        super().__init__("local")
+        self.answers = threading.Event()
+
+    def acquire(self) -> None:
+        self.answers.wait()
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+
+    @property
+    def users(self) -> int:
+        return self._users
+
+
+async def test_E9_a_close_that_is_cancelled_while_it_connects_lets_go_of_the_cluster() -> None:
+    cluster = Reached()
+    jobs = cluster.open_jobs()
+    job = jobs.submit(b"", "a job", {})
+    await asyncio.sleep(0)
+    job.abandon()
+    closing = asyncio.create_task(jobs.close(60.0))
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.sleep(0)
+    cluster.answers.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+
+    assert jobs._connecting is None
+    assert cluster.users == 0
+
+
+async def test_a_cluster_out_of_reach_is_given_up_and_let_go_of_when_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("obsdag.ray.jobs._CONNECT_S", 0.01)
+    cluster = Reached()
+    released, loop = asyncio.Event(), asyncio.get_running_loop()
+    cluster.release = partial(loop.call_soon_threadsafe, released.set)  # type: ignore[method-assign]
+    jobs = cluster.open_jobs()
+    job = jobs.submit(b"", "a job", {})
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(jobs.close(0.0))
+
+    try:
+        done, _ = await asyncio.wait([closing], timeout=5.0)
+    finally:
+        cluster.answers.set()
+
+    assert done
+    assert job.future.cancelled()
+    assert closing.result() == ["the connection to the Ray cluster is still being made"]
+    await asyncio.wait_for(released.wait(), 5.0)
+
+
+@on_cluster
+async def test_E9_a_close_that_is_cancelled_while_a_job_waits_lets_go_of_the_cluster(nodes: Any) -> None:
+    cluster = RayCluster()
+    jobs = cluster.open_jobs()
+    job = jobs.submit(b"", "a job", {"nobody_has_it": 1})
+    while not jobs._told:
+        await asyncio.sleep(0.01)
+    closing = asyncio.create_task(jobs.close(60.0))
+    await asyncio.sleep(0)
+    closing.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+
+    assert job.future.cancelled()
+    assert cluster._users == 0
 
 
 # --- what is told before anything runs
