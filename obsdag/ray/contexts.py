@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from obsdag.context import Context, OutputContext
 from obsdag.core.records import Failure, Stall
 from obsdag.errors import EncodingError
 from obsdag.ray.sharding import Root
-from obsdag.ray.wire import Codec, Ended, Made, Seed
+from obsdag.ray.wire import Batch, Codec, Ended, Made, Seed, encode
 
-__all__ = ["Told", "check_id", "read", "seed_of"]
+__all__ = ["Told", "batch_of", "check_id", "read"]
 
 
 class Told(NamedTuple):
@@ -31,8 +32,13 @@ def check_id(context: Context) -> None:
         raise EncodingError(f"the id {context.id!r} cannot cross to a shard ({error.reason}): give another") from None
 
 
-def seed_of(root: Root) -> Seed:
-    """A root as it goes to a shard, with what goes on there of its caller's trace."""
+def batch_of(roots: Iterable[Root]) -> bytes:
+    """Roots as they go to a shard."""
+    return encode(Batch([_seed_of(root) for root in roots]))
+
+
+def _seed_of(root: Root) -> Seed:
+    """A root, with what goes on there of its caller's trace."""
     context: Context = root.context
     caller = None
     if context._trace is not None:

@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from obsdag.context import Context, OutputContext
@@ -27,10 +28,10 @@ from obsdag.inputs import as_context
 from obsdag.pools.carry import RemoteFailure, str_of, unpack_error
 from obsdag.ray.accepted import accept
 from obsdag.ray.cluster import ShardDied, ShardRaised
-from obsdag.ray.contexts import check_id, read, seed_of
+from obsdag.ray.contexts import batch_of, check_id, read
 from obsdag.ray.feed import Feed
 from obsdag.ray.sharding import Root, Shard, Sharding
-from obsdag.ray.wire import Batch, Codec, Ended, decode_answers, encode
+from obsdag.ray.wire import Codec, Ended, decode_answers
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
@@ -91,7 +92,7 @@ class Driver:
         self._codec = codec
         self._headers = headers
         self._inputs: Iterator[Any] | None = inputs if isinstance(inputs, Iterator) else None
-        self._feed = None if isinstance(inputs, Iterator) else Feed(inputs, self._take_input, self._inputs_ended)
+        self._feed = None if isinstance(inputs, Iterator) else Feed(inputs, self)
         self._living: dict[Context, Root | None] = {}
         self._members: dict[str, Member] = {}
         self._attending: dict[str, asyncio.Task[None]] = {}
@@ -152,8 +153,7 @@ class Driver:
         for task in tasks:
             task.cancel()
         try:
-            if tasks:
-                await asyncio.wait(tasks)  # ours, which end
+            await asyncio.gather(*tasks, return_exceptions=True)  # ours, which end
             if self._feed is not None:
                 self.abandoned += await self._feed.close(self.config.shutdown_grace)
         finally:  # the inputs are the caller's code, and may raise
@@ -183,11 +183,9 @@ class Driver:
         try:
             async with asyncio.timeout(self.config.shutdown_grace + 5.0):
                 told = await member.actor.end.remote(bool(self.early))
-        except (TimeoutError, ShardDied, ShardRaised):
-            self._fleet.drop(member)
-            return False
-        except Exception as raised:  # of Ray, which raises plain ones, too, when its connection is gone
-            self._cleanup_failed(f"the end of {member.name}", raised)
+        except Exception as raised:
+            if not isinstance(raised, TimeoutError | ShardDied | ShardRaised):  # Ray's connection is gone, say
+                self._cleanup_failed(f"the end of {member.name}", raised)
             self._fleet.drop(member)
             return False
         self.numbers.update({name: told["numbers"][name] for name in told["numbers"] if name not in self.counts})
@@ -232,8 +230,8 @@ class Driver:
 
     def _shard_died(self, member: Member, shard: Shard | None, error: Exception) -> None:
         """Its roots go to others, and another shard takes its place."""
-        del self._attending[member.name]
-        self._fleet.drop(self._members.pop(member.name))
+        self._fleet.drop(member)
+        self._forget(member)
         self._stillborn = self._stillborn + 1 if shard is None or not shard.roots else 0
         if shard is not None:
             for root in self.sharding.lose(shard):
@@ -255,7 +253,7 @@ class Driver:
         staying = [member for member in self._members.values() if member.name not in self._leaving]
         for _ in range(self._fleet.shards - len(staying)):
             self._take_in(self._fleet.start())
-        staying.sort(key=self._load)
+        staying.sort(key=lambda member: self.sharding.load(member.name))
         for member in staying[: max(len(staying) - self._fleet.shards, 0)]:
             self._leaving.add(member.name)
             shard = self.sharding.shards.get(member.name)
@@ -266,11 +264,6 @@ class Driver:
                 self._spawn(self._see_off(member))
         self._pump()
 
-    def _load(self, member: Member) -> int:
-        """Roots that it has; one that is not there yet goes first."""
-        shard = self.sharding.shards.get(member.name)
-        return -1 if shard is None else len(shard.roots)
-
     async def _see_off(self, member: Member) -> None:
         """A shard that has nothing to do, and is to have nothing, ends."""
         if await self._end(member):
@@ -279,7 +272,12 @@ class Driver:
         if shard is not None:
             self.sharding.leave(shard)
             self._watch_for_shards()
+        self._forget(member)
+
+    def _forget(self, member: Member) -> None:
         del self._members[member.name], self._attending[member.name]
+        self._begun.discard(member.name)
+        self._leaving.discard(member.name)
 
     def _watch_for_shards(self) -> None:
         """While there is none, one has to start within `START_S`."""
@@ -303,17 +301,28 @@ class Driver:
         self._pumping = False
         if self.early or self.done.done():
             return
-        for shard in list(self.sharding.hungry()):
-            roots = self._take(shard)
-            while roots:
-                batch = Batch([seed_of(root) for root in roots])
-                self._members[shard.name].actor.feed.remote(encode(batch))
-                roots = self._take(shard) if len(roots) == BATCH else []
+        with self._sending():
+            for shard in list(self.sharding.hungry()):
+                roots = self._take(shard)
+                while roots:
+                    self._members[shard.name].actor.feed.remote(batch_of(roots))
+                    roots = self._take(shard) if len(roots) == BATCH else []
         if self._feed is not None:
             full = self.buffered >= self.config.max_live_contexts
             self._feed.allow(0 if full else sum(map(self.sharding.room, self.sharding.shards.values())))
-        elif self._inputs is None and not self.open_ended and (self.recorder or self).settled():
+        if not (self._has_inputs() or self.open_ended or self.early) and (self.recorder or self).settled():
             self.done.set_result(None)
+
+    def _has_inputs(self) -> bool:
+        return self._inputs is not None or (self._feed is not None and not self._feed.ended)
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        """A run ends where Ray sends nothing, for want of a connection or as more than it may is on its way."""
+        try:
+            yield
+        except Exception as error:
+            self.end_early("error", error)
 
     def _take(self, shard: Shard) -> list[Root]:
         full = self.buffered >= self.config.max_live_contexts  # whoever takes the outputs is slow
@@ -392,7 +401,8 @@ class Driver:
             return False
         shard = self.sharding.withdraw(root)
         if shard is not None:
-            self._members[shard.name].actor.cancel.remote(root.number)
+            with self._sending():
+                self._members[shard.name].actor.cancel.remote(root.number)
         if error is not None:
             self._fail(context, error)
         else:
@@ -409,20 +419,13 @@ class Driver:
 
     # --- inputs
 
-    def _take_input(self, item: Any) -> bool:
+    def take(self, item: Any) -> bool:
         """An item of an async input enters; whether it is on its way to a shard."""
         root = self._enter(item)
         if root is not None:
             self.sharding.queue.append(root)
         self.pump_soon()
         return root is not None
-
-    def _inputs_ended(self, error: Exception | None) -> None:
-        if error is not None:
-            self.end_early("input", error)
-        else:
-            self._feed = None
-            self._pump()
 
     # --- what came of a root
 

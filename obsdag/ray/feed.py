@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from obsdag.ray.driver import Driver
 
 __all__ = ["Feed"]
 
@@ -12,23 +15,17 @@ _RECANCEL_S = 0.05  # how often a cancellation that was swallowed is asked for a
 
 
 class Feed:
-    """Asks an async input for an item whenever `allow` says that there is room for one.
+    """Asks an async input of the driver's run for an item whenever `allow` says that there is room for one.
 
-    take: is given each item; whether it takes up room. ended: told when there are no more, with the error if one was
-    raised. States: (run) asking -> ended, by itself | (close) closed -> given up, if it does not let itself be ended.
-    task: of `run`.
+    States: (run) asking -> ended, when there are no more | (close) closed, or given up if it does not let itself be
+    ended. task: of `run`.
     """
 
-    def __init__(
-        self,
-        inputs: AsyncIterator[Any],
-        take: Callable[[Any], bool],
-        ended: Callable[[Exception | None], None],
-    ) -> None:
+    def __init__(self, inputs: AsyncIterator[Any], driver: Driver) -> None:
         self.task: asyncio.Task[None] | None = None
+        self.ended = False
         self._inputs = inputs
-        self._take = take
-        self._ended = ended
+        self._driver = driver
         self._room = 0
         self._wanted = asyncio.Event()
         self._given_up = False
@@ -39,7 +36,7 @@ class Feed:
         self._wanted.set()
 
     async def run(self) -> None:
-        """Goes on until there are no more items."""
+        """Goes on until there are no more items, or the input raises, which ends the run."""
         try:
             while True:
                 while self._room <= 0:
@@ -48,11 +45,12 @@ class Feed:
                 item = await anext(self._inputs)
                 if self._given_up:  # the run is over
                     return
-                self._room -= self._take(item)
+                self._room -= self._driver.take(item)
         except StopAsyncIteration:
-            self._ended(None)
+            self.ended = True
+            self._driver.pump_soon()
         except Exception as error:
-            self._ended(error)
+            self._driver.end_early("input", error)
 
     async def close(self, grace_s: float) -> list[str]:
         """Ends and closes the input; what does not let it within `grace_s` seconds is given up, and told in words.
@@ -63,7 +61,7 @@ class Feed:
         if self.task is not None and not await _cancelled(self.task, grace_s):
             self._given_up = True  # it runs, so it cannot be closed
             return ["the input swallows its cancellation"]
-        if not hasattr(self._inputs, "aclose"):
+        if self.ended or not hasattr(self._inputs, "aclose"):
             return []
         closing = asyncio.get_running_loop().create_task(_itself(self._inputs.aclose()))
         await asyncio.wait([closing], timeout=max(end - asyncio.get_running_loop().time(), _RECANCEL_S))

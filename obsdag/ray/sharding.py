@@ -129,6 +129,11 @@ class Sharding:
         shard.roots.clear()
         return culprits
 
+    def load(self, name: str) -> int:
+        """Roots that the shard of that name has; -1 if it is not there yet."""
+        shard = self.shards.get(name)
+        return -1 if shard is None else len(shard.roots)
+
     # --- giving
 
     def room(self, shard: Shard) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from opentelemetry.baggage import get_all, remove_baggage
 from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context as OtelContext
 from opentelemetry.context import attach, detach, get_current
@@ -107,21 +108,40 @@ def capture_caller(carrier: Mapping[str, Any] | None = None, mode: str = "child"
 
 def caller_of(context: Context) -> tuple[str, dict[str, str]] | None:
     """Mode and headers of the caller of a context that has not entered yet, for `capture_caller` in another process."""
-    caller, headers = context._trace, dict[str, str]()
+    caller = context._trace
     if type(caller) is not Caller:
         return None
     base = caller.base or OtelContext()
     if caller.span_context is not None:
         base = set_span_in_context(NonRecordingSpan(caller.span_context), base)
-    _W3C.inject(headers, base)
-    return caller.mode, headers
+    return caller.mode, _headers_of(base)
 
 
 def carry() -> dict[str, str]:
     """The headers of the present span and baggage; empty if there is neither."""
+    return _headers_of(get_current())
+
+
+def _headers_of(context: OtelContext) -> dict[str, str]:
+    """The headers of span and baggage, without what has no form as UTF-8: half of a surrogate pair in the baggage."""
     headers: dict[str, str] = {}
-    _W3C.inject(headers, get_current())
+    try:
+        _W3C.inject(headers, context)
+    except UnicodeEncodeError:
+        headers.clear()
+        for name, value in get_all(context).items():
+            if not _has_form(f"{name}{value}"):
+                context = remove_baggage(name, context)
+        _W3C.inject(headers, context)
     return headers
+
+
+def _has_form(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -155,7 +175,6 @@ def inject(execution: Execution | None) -> dict[str, str]:
     The far side's parent is a `dispatch {task}` span that starts now and ends with the execution. Without deferred
     tracing the current span is carried. Nothing to carry: an empty dict.
     """
-    carrier: dict[str, str] = {}
     context = get_current()
     span = span_of(execution)
     if span is not None:
@@ -163,8 +182,7 @@ def inject(execution: Execution | None) -> dict[str, str]:
         dispatched = SpanContext(own.trace_id, new_span_id(), False, SAMPLED, own.trace_state)
         span.detail().dispatch = (dispatched.span_id, span.trace.root.tracer.now())
         context = set_span_in_context(NonRecordingSpan(dispatched), context)
-    _W3C.inject(carrier, context)
-    return carrier
+    return _headers_of(context)
 
 
 class RemoteSpan(NonRecordingSpan):

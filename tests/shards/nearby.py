@@ -95,6 +95,10 @@ class Nearby(Cluster):
         self.actors.append(actor)
         return actor
 
+    def places(self, options: Mapping[str, Any]) -> int:
+        """Plenty."""
+        return 100
+
     def kill(self, actor: Actor) -> None:
         """Ends it."""
         self.ends.append(asyncio.get_running_loop().create_task(actor.kill()))

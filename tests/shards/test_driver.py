@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from opentelemetry.baggage import set_baggage
+from opentelemetry.context import attach, detach
 
-from obsdag import Context, ExecutorConfig
+from obsdag import Context, ExecutorConfig, Telemetry
+from obsdag.errors import NoOutputError
 from obsdag.testing import run_virtual
 from tests.shards import dags
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'obsdag[ray]'")
 
+from ray.exceptions import PendingCallsLimitExceeded
+
 from obsdag.ray import RayExecutor, RayServeExecutor
 from obsdag.ray.driver import Driver
-from tests.shards.nearby import nearby
+from tests.shards.nearby import Actor, nearby
 
 GRACE_S = 2.0
 GONE = Exception("Failed to submit task to actor: can't find it")  # as Ray raises it after `ray.shutdown()`
@@ -127,3 +132,85 @@ def test_an_error_that_nobody_expects_at_the_end_of_a_shard_leaves_no_ticket_una
 
     assert states == ["cancelled"] * 3
     assert (stats["entered"], stats["cancelled"], stats["living"]) == (3, 3, 0)
+
+
+def test_of_shards_that_are_gone_a_run_keeps_nothing() -> None:
+    async def main() -> Driver:
+        executor = RayExecutor(dags.mixed, CONFIG, shards=3)
+        cluster = nearby(executor)
+        async with executor.stream({"x": 1} for _ in iter(int, 1)) as outputs:
+            async for _ in outputs:
+                if len(executor.seen()["shards"]) == 1:
+                    break
+                if all(each["phase"] == "running" for each in executor.seen()["shards"]):
+                    executor.scale(1)
+        await cluster.gone()
+        return outputs._driver
+
+    driver = run_virtual(main())
+
+    [last] = driver._members
+    assert driver._begun == set(driver._attending) == set(driver.sharding.shards) == {last}
+    assert not driver._leaving
+
+
+# --- what cannot be sent
+
+
+async def _serving(prepare: Callable[[Actor], None], use: Callable[[RayServeExecutor], Awaitable[Any]]) -> Any:
+    """What `use` gives of an executor whose shard is prepared so."""
+    executor = RayServeExecutor(dags.mixed_and_stuck, CONFIG, shards=1, telemetry=lambda shard: Telemetry.off())
+    cluster = nearby(executor, prepare)
+    try:
+        async with executor:
+            return await use(executor)
+    finally:
+        await cluster.gone()
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_run_with_the_reason_and_every_ticket_is_answered() -> None:
+    tickets = []
+
+    async def use(executor: RayServeExecutor) -> None:
+        await asyncio.sleep(1.0)  # the shard is there
+        tickets.append(await executor.submit({"x": 1}))
+        with pytest.raises(NoOutputError, match="cancelled"):
+            await tickets[0].result()
+
+    with pytest.raises(PendingCallsLimitExceeded):
+        run_virtual(_serving(lambda actor: actor.refuses.update(feed=PendingCallsLimitExceeded("1")), use))
+
+    assert [ticket.status for ticket in tickets] == ["cancelled"]
+
+
+def test_S1_a_submission_is_cancelled_though_its_shard_cannot_be_told() -> None:
+    async def use(executor: RayServeExecutor) -> tuple[bool, str]:
+        ticket = await executor.submit({"stuck": True, "x": 1})
+        while ticket.status != "running":
+            await asyncio.sleep(0)
+        return ticket.cancel(), ticket.status
+
+    async def main() -> list[Any]:
+        found: list[Any] = []
+
+        async def noted(executor: RayServeExecutor) -> None:
+            found.extend(await use(executor))
+
+        with pytest.raises(Exception, match="Failed to submit"):
+            await _serving(lambda actor: actor.refuses.update(cancel=GONE), noted)
+        return found
+
+    assert run_virtual(main()) == [True, "cancelled"]
+
+
+def test_S4_a_baggage_that_has_no_form_costs_no_submission() -> None:
+    async def use(executor: RayServeExecutor) -> list[Any]:
+        token = attach(set_baggage("file", "\ud800", set_baggage("customer", "c7")))
+        try:
+            tickets = [await executor.submit({"x": 1})]
+        finally:
+            detach(token)
+        tickets.append(await executor.submit({"x": 2}))
+        return [(await ticket.result())["x"] for ticket in tickets]
+
+    assert run_virtual(_serving(lambda actor: None, use)) == [1, 2]
