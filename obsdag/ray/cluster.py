@@ -43,6 +43,7 @@ ShardDied: Any = ray.exceptions.RayActorError
 ShardRaised: Any = ray.exceptions.RayTaskError
 """What an awaited call raises for an exception that was raised there, its `cause`."""
 
+_TOKEN = "`ray get-auth-token --generate` once, the token on all machines, RAY_AUTH_MODE=token for `ray start` and here"
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
@@ -113,17 +114,18 @@ class Cluster:
     def _join(self) -> None:
         try:
             ray.init(address=self.address, configure_logging=False)
-        except (ConnectionError, ValueError) as error:  # nobody answers there, or it is no address
-            why = str(error).partition(". ")[0]
+        except (ConnectionError, ValueError, ray.exceptions.RayError) as error:  # it is no address, nobody answers
+            why = str(error).partition(". ")[0]  # there, or nobody without the token, or there is no token here
             raise ConfigError(
-                f'address={self.address!r}: {why}; `ray start` begins one and tells its address, "local" needs none'
+                f'address={self.address!r}: {why}; `ray start` begins one and tells its address, "local" needs none; '
+                f"one that asks for a token takes nobody without: {_TOKEN}"
             ) from error
 
     def _check(self, address: str) -> None:
         if not (self.insecure or _is_loopback(address) or _asks_for_token()):
             raise ConfigError(
                 f"the Ray cluster at {address} can be used by everybody who can reach it: switch on token "
-                "authentication (RAY_AUTH_MODE=token, for the cluster and here), or say insecure=True"
+                f"authentication ({_TOKEN}), or say insecure=True"
             )
 
     def start(self, name: str, dag: Any, config: bytes, options: Mapping[str, Any]) -> Any:

@@ -34,11 +34,11 @@ def dag() -> DAG:
     return found
 
 
-def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # of the tests' cluster
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**here, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
+        env={**here, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **environment},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -96,6 +96,19 @@ def test_the_command_refuses_what_it_cannot_do(options: list[str], told: str, tm
 @pytest.fixture
 def _no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obsdag.ray.cluster._asks_for_token", lambda: False)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_that_is_not_here_is_told_in_one_line(tmp_path: Path) -> None:
+    arguments = ["run", "tests.shards.dags:mixed", "--ray", "127.0.0.1:6399", "-i", "/dev/null"]
+
+    done = _python(tmp_path, "-m", "obsdag", *arguments, HOME=str(tmp_path), RAY_AUTH_MODE="token")
+
+    [line] = [each for each in done.stderr.splitlines() if "token" in each]
+    assert done.returncode == 2
+    assert "address='127.0.0.1:6399': Token authentication is enabled but no authentication token was found;" in line
+    assert "`ray get-auth-token --generate` once" in line
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("_no_token")
