@@ -307,15 +307,26 @@ class ShardEngine(Executor):
         own = data if _is_plain(output, root) else self._encoded(output)
         made = self._made(context, root, None)
         if isinstance(own, EncodingError):
-            self._unfit(ended, made, own)
+            self._unfit(ended, made, Failing.of(made, self._task_of(context), 1, own))
             return
         made.data = None if own is data else own
         assert ended.outputs is not None
         ended.outputs.append(made)
 
-    def _unfit(self, ended: Ended, made: Made, error: EncodingError) -> None:
+    def _task_of(self, context: Context) -> str:
+        """The task whose result an output is: the last on its way; the sink if that were several, or it left early."""
+        plan, more = self.plan, context._more
+        last = plan.up[plan.sink]
+        if last & ~context._done:  # a task returned an OutputContext
+            last = 0
+        elif more is not None:
+            last &= ~(more.skipped | (more.dead or {}).get(plan.sink, 0))
+        names = plan.names(last)
+        return names[0] if len(names) == 1 else plan.tasks[plan.sink].id
+
+    def _unfit(self, ended: Ended, made: Made, failing: Failing) -> None:
         """An output whose data cannot be carried to the driver: a failure, and no output."""
-        ended.failures.append(Failing.of(made, self.plan.tasks[self.plan.sink].id, 1, error))
+        ended.failures.append(failing)
         counts = Counter(ended.counts or {ended.outcome: 1})
         counts["output"] -= 1
         counts["failed"] += 1

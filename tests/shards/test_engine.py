@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from obsdag import DAG, Context, ExecutorConfig, Telemetry
+from obsdag import DAG, Context, ExecutorConfig, OutputContext, Telemetry
 from obsdag.testing import run_virtual
 
 pytest.importorskip("msgspec", reason="needs msgspec: pip install 'obsdag[journal]'")
@@ -115,3 +115,51 @@ def test_a_root_whose_data_cannot_be_read_fails_alone() -> None:
 
     assert [each[:2] for each in ended] == [(0, "output"), (1, "failed"), (2, "output")]
     assert "the input cannot be read on a shard (JournalError: " in ended[1][2]
+
+
+def odd_results(dag: DAG, count: int = 1) -> list[tuple[int, str]]:
+    """For each root of `dag`, fed with x = 0, 1, ..., where its result, which has no form, is said to be from."""
+
+    async def main() -> list[tuple[int, str]]:
+        engine = ShardEngine(dag, ExecutorConfig(telemetry=Telemetry.off()), codec_of(False))
+        await engine.begin({})
+        fed(engine, range(count))
+        found: list[tuple[int, str]] = []
+        while len(found) < count:
+            ended = decode_answers(await engine.answers()).ended
+            found += [(each.number, failing.task) for each in ended for failing in each.failures]
+            assert all(each.outcome == "failed" for each in ended)
+        await engine.end(False)
+        return sorted(found)
+
+    return run_virtual(main())
+
+
+def odd(context: Context) -> Context:
+    context["thing"] = object()
+    return context
+
+
+def test_a_result_without_a_form_is_the_failure_of_the_task_that_it_is_of() -> None:
+    chain = DAG("chain")
+    chain.task(lambda context: context, name="first")
+    chain.task(odd, name="last", after="first")
+    routed = DAG("routed")
+    routed.router(lambda context: "left" if context["x"] else "right", name="choose")
+    routed.task(odd, name="left", after="choose")
+    routed.task(odd, name="right", after="choose")
+
+    assert odd_results(chain) == [(0, "last")]
+    assert odd_results(routed, 2) == [(0, "right"), (1, "left")]
+
+
+def test_a_result_of_several_tasks_without_a_form_is_the_failure_of_the_sink() -> None:
+    forked = DAG("forked")
+    forked.task(odd, name="left")
+    forked.task(lambda context: context, name="right")
+    early = DAG("early")
+    early.task(lambda context: OutputContext(odd(context)), name="first")
+    early.task(lambda context: context, name="last", after="first")
+
+    assert odd_results(forked) == [(0, "sink")]
+    assert odd_results(early) == [(0, "sink")]
