@@ -17,7 +17,7 @@ from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, Tra
 
 from obsdag import ConfigError
 from obsdag.telemetry.attach import SPAN_KEY
-from obsdag.telemetry.carrier import Caller, capture_caller, inject, remote_span, returning
+from obsdag.telemetry.carrier import Caller, capture_caller, carry, inject, remote_span, returning
 from obsdag.telemetry.executions import TracedExecution, record_of, taken
 from obsdag.telemetry.records import ExecutionSpan, RootTrace, new_span_id, new_trace_id, span_in
 from obsdag.telemetry.sampling import KeepBudget, RunningQuantile, ratio_bound
@@ -247,6 +247,17 @@ def test_T12_without_deferred_tracing_the_current_span_is_carried() -> None:
     with use_span(NonRecordingSpan(SpanContext(0xABC, 0xDEF, False, TraceFlags(1)))):
         assert inject(None) == {"traceparent": TRACEPARENT}
     assert inject(None) == {}
+
+
+@pytest.mark.parametrize(("name", "value"), [("file", "a\udcff"), ("\udcff", "a")])
+def test_T12_baggage_that_utf8_has_no_form_of_is_left_out(name: str, value: str) -> None:
+    token = otel_context.attach(baggage.set_baggage(name, value, baggage.set_baggage("customer", "c7")))
+    try:
+        with use_span(NonRecordingSpan(SpanContext(0xABC, 0xDEF, False, TraceFlags(1)))):
+            assert inject(None) == carry() == {"traceparent": TRACEPARENT, "baggage": "customer=c7"}
+            assert baggage.get_baggage(name) == value, "it is there where it is"
+    finally:
+        otel_context.detach(token)
 
 
 def test_T12_the_far_side_goes_on_and_sends_back_plain_values() -> None:
