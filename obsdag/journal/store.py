@@ -5,6 +5,9 @@ to a live WAL can corrupt it before SQLite 3.51.3), so that another process is r
 that is known; 4. WAL and `synchronous` are set and read back; 5. if the last process died, its pages are checked; 6. an
 older version is backed up and migrated.
 
+Whoever only looks (`look`) and may not write has SQLite read the file as it stands (`immutable`), under the lock that
+its readers have. What a process that died left in `-wal` would be passed over then, so that is refused.
+
 Errors of SQLite become `JournalError`, one line that says what to do; the file is as the last commit left it.
 
 A key is never used twice: its upper half is the number of the session (of the opening), which is committed before the
@@ -43,6 +46,10 @@ PRUNED_AT_ONCE: Final = 1_024
 """Rows per deletion: commits wait for it some milliseconds."""
 
 _SESSION_BITS: Final = 32
+_READ_ONLY: Final = "the file or its folder is read-only: run it as a user who may write both, or take a copy"
+_SHARED: Final = (510, 0x40000002)
+"""Length and place of what a reader of SQLite locks (SHARED_SIZE, SHARED_FIRST in its os.h)."""
+
 _NO_KEY: Final = (1 << 63) - 1
 _TOKEN: Final = "token."
 _SURROGATES: Final = "surrogatepass"
@@ -86,6 +93,7 @@ class Store:
         self.first_key = 1
         self._max_pages = max_page_count
         self._claim: tuple[int, int] | None = None
+        self._lock: int | None = None
         self._connection: sqlite3.Connection | None = None
         _stores.add(self)
 
@@ -93,9 +101,9 @@ class Store:
 
     def open(self) -> None:
         """Opens the file by the steps at the top of this module. Raises JournalError."""
-        self._check_place()
         try:
             with self._told("opened"):
+                self._check_place()
                 self._connect()
         except BaseException:
             self._give_up()
@@ -105,8 +113,13 @@ class Store:
         folder = Path(self.path).resolve().parent
         if not folder.is_dir():
             raise JournalError(f"journal {self.path}: there is no folder {folder}")
-        if self.look and not os.path.exists(self.path):
-            raise JournalError(f"journal {self.path}: there is no such file")
+        try:
+            os.stat(self.path)
+        except FileNotFoundError:
+            if self.look:
+                raise JournalError(f"journal {self.path}: there is no such file") from None
+        if os.path.isdir(self.path):
+            raise JournalError(f"journal {self.path} is a folder: name the file in it")
 
     def _claim_file(self) -> None:
         found = os.stat(self.path)
@@ -123,12 +136,7 @@ class Store:
                 raise JournalError(f"journal {self.path} cannot be made: its folder cannot be written to")
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         self._claim_file()
-        uri = Path(self.path).resolve().as_uri() + "?mode=rw"
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0.2, check_same_thread=False)
-        self._connection = connection
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        connection.execute("BEGIN EXCLUSIVE")
-        connection.execute("COMMIT")
+        connection = self._take() if self._may_write() else self._take_as_it_stands()
         fresh = self._check_kind(connection)
         if self.look:
             self.id = self.get("id") or ""
@@ -138,6 +146,42 @@ class Store:
             self._make(connection)
         self._migrate(connection)
         self._begin_session(connection)
+
+    def _may_write(self) -> bool:
+        log = self._beside("-wal")
+        return _writable(self.path) and _writable(log if os.path.exists(log) else os.path.dirname(log))
+
+    def _take(self) -> sqlite3.Connection:
+        connection = self._connect_by("mode=rw")
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("BEGIN EXCLUSIVE")
+        connection.execute("COMMIT")
+        return connection
+
+    def _take_as_it_stands(self) -> sqlite3.Connection:
+        """The file without a right to write. Raises JournalError if there is more to do than to read it."""
+        if not self.look:
+            raise JournalError(f"journal {self.path} cannot be opened: {_READ_ONLY}")
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if not _lock_shared(self._lock):
+            raise JournalError(f"journal {self.path} {_in_use(self.path)}")
+        for left in (self._beside("-wal"), self._beside("-journal")):
+            if os.path.exists(left):
+                raise JournalError(
+                    f"journal {self.path} is read-only, and a process that died left {left}, which SQLite has to write "
+                    "into it first: run it as a user who may write both, or copy both to a folder of your own"
+                )
+        return self._connect_by("mode=ro&immutable=1")
+
+    def _connect_by(self, how: str) -> sqlite3.Connection:
+        uri = f"{Path(self.path).resolve().as_uri()}?{how}"
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0.2, check_same_thread=False)
+        self._connection = connection
+        return connection
+
+    def _beside(self, ending: str) -> str:
+        """A file that SQLite has beside the journal; of a link, beside what it leads to."""
+        return f"{Path(self.path).resolve()}{ending}"
 
     def _check_kind(self, connection: sqlite3.Connection) -> bool:
         """Whether the file is empty. Raises JournalError for another program's, and for a newer version's."""
@@ -254,6 +298,9 @@ class Store:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         if self._claim is not None:
             with _open_lock:
                 _open_files.discard(self._claim)
@@ -384,17 +431,20 @@ class Store:
             yield
         except sqlite3.Error as error:
             raise JournalError(f"journal {self.path} {self._reason(doing, error)}") from error
+        except PermissionError:
+            reason = "it, or a folder above it, is closed to this user: run it as one who may read and write it"
+            raise JournalError(f"journal {self.path} cannot be {doing}: {reason}") from None
         except OSError as error:
             raise JournalError(f"journal {self.path} cannot be {doing}: {error.strerror or error}") from error
 
     def _reason(self, doing: str, error: sqlite3.Error) -> str:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return f"is in use by {_holder(self.path)}: one process at a time can have it open"
+            return _in_use(self.path)
         if code == sqlite3.SQLITE_FULL:
             return f"cannot be {doing}: the disk is full ({error}); free some space and start again"
         if code == sqlite3.SQLITE_READONLY:
-            return f"cannot be {doing}: the file or its folder is read-only"
+            return f"cannot be {doing}: {_READ_ONLY}"
         if code == sqlite3.SQLITE_CANTOPEN:
             return f"cannot be {doing}: the file cannot be opened; look at its permissions and its folder's"
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -418,6 +468,24 @@ def _with_storable_id(row: Cells) -> Cells:
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _writable(path: str) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _lock_shared(descriptor: int) -> bool:
+    import fcntl  # not on Windows
+
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, *_SHARED)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _in_use(path: str) -> str:
+    return f"is in use by {_holder(path)}: one process at a time can have it open"
 
 
 def _holder(path: str) -> str:

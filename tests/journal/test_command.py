@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from obsdag import DAG, Context, Executor, ExecutorConfig
@@ -16,7 +19,7 @@ from obsdag.journal.repair import retry
 from obsdag.journal.store import Store
 from obsdag.testing import run_virtual
 from tests.journal.images import inline, outcomes, recovered
-from tests.journal.rows import open_store
+from tests.journal.rows import open_store, row
 
 
 def shop(healed: bool) -> DAG:
@@ -70,6 +73,106 @@ def told(*words: str | Path, status: int = 0) -> list[str]:
     return (done.stderr if status else done.stdout).splitlines()
 
 
+AS_NOBODY = """
+import os, sys
+import encodings.ascii, obsdag.cli, obsdag.journal.repair, obsdag.journal.store  # while it may still read them
+if os.geteuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+sys.exit(obsdag.cli.main(["journal", *sys.argv[1:]]))
+"""
+
+
+def as_nobody(*words: str | Path) -> tuple[int, str, str]:
+    """The command of a user who owns nothing: status, standard output and standard error."""
+    command = [sys.executable, "-W", "error", "-c", AS_NOBODY, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def open_way(path: Path) -> None:
+    """Others can go to where `path` is."""
+    for each in path.parents:
+        if each.stat().st_uid == os.geteuid() and each != Path("/"):
+            each.chmod(each.stat().st_mode | 0o055)
+
+
+@pytest.fixture(params=[(0o444, 0o777), (0o666, 0o555), (0o444, 0o555)], ids=["file", "folder", "both"])
+def closed(request: pytest.FixtureRequest, journal: Path) -> Iterator[Path]:
+    """The journal, without a right to write to the file, its folder, or both."""
+    open_way(journal)
+    file, folder = request.param
+    journal.chmod(file)
+    journal.parent.chmod(folder)
+    yield journal
+    journal.parent.chmod(0o755)
+
+
+def died(path: Path) -> Path:
+    """The journal as a process that died after a commit leaves it, and the log that it leaves."""
+    store = open_store(path)
+    store.commit([row(1 << 40, text="in the log")])
+    log = Path(f"{path}-wal")
+    left = path.read_bytes(), log.read_bytes()
+    store.close()
+    path.write_bytes(left[0])
+    log.write_bytes(left[1])
+    return log
+
+
+def test_who_may_only_read_can_look(closed: Path) -> None:
+    before = closed.read_bytes()
+    for words in (("show", closed), ("show", closed, "order-1"), ("failed", closed), ("export", closed)):
+        assert as_nobody(*words) == (0, "".join(f"{line}\n" for line in told(*words)), "")
+    assert closed.read_bytes() == before
+    assert os.listdir(closed.parent) == [closed.name]
+
+
+def test_who_may_only_read_is_told_what_a_retry_needs(closed: Path) -> None:
+    status, _, error = as_nobody("retry", closed)
+    assert status == 2
+    assert error == (
+        f"obsdag journal: error: journal {closed} cannot be written: the file or its folder is read-only: "
+        "run it as a user who may write both, or take a copy\n"
+    )
+
+
+def test_a_log_that_a_dead_process_left_is_not_passed_over(journal: Path) -> None:
+    log = died(journal)
+    open_way(journal)
+    journal.chmod(0o444)
+    log.chmod(0o444)
+    status, _, error = as_nobody("show", journal)
+    assert status == 2
+    assert error == (
+        f"obsdag journal: error: journal {journal} is read-only, and a process that died left {log}, which SQLite has "
+        "to write into it first: run it as a user who may write both, or copy both to a folder of your own\n"
+    )
+    assert told("show", journal)[0].endswith(": 9 contexts of 2 DAG(s)")
+
+
+def test_who_may_only_read_does_not_look_into_what_another_has_open(closed: Path) -> None:
+    closed.chmod(0o644)  # root's own right to write; nobody has none
+    store = open_store(closed)
+    status, _, error = as_nobody("show", closed)
+    store.close()
+    assert (status, error) == (
+        2,
+        f"obsdag journal: error: journal {closed} is in use by process {os.getpid()}: "
+        "one process at a time can have it open\n",
+    )
+
+
+def test_what_may_not_even_be_read_is_told(journal: Path) -> None:
+    open_way(journal)
+    reason = "it, or a folder above it, is closed to this user: run it as one who may read and write it"
+    for closed in (journal, journal.parent):
+        closed.chmod(0o000)
+        status, _, error = as_nobody("show", journal)
+        closed.chmod(0o755)
+        assert (status, error) == (2, f"obsdag journal: error: journal {journal} cannot be opened: {reason}\n")
+
+
 def test_show(journal: Path) -> None:
     total, line = told("show", journal)
     assert total.endswith(": 8 contexts of 1 DAG(s)")
@@ -95,6 +198,114 @@ def test_export(journal: Path) -> None:
     assert order["data"] == {"n": 1, "tags": ["a"], "paid": 1}
     assert order["error"]["task"] == "ship"
     assert order["done"] == ["pay", "parts"]
+
+
+def strict(line: str) -> Any:
+    """What RFC 8259 and UTF-8 have a form of, and no more."""
+    return msgspec.json.decode(line)
+
+
+ODD = {
+    "numbers": [float("nan"), float("inf"), -float("inf"), 1.5, 1 << 62, True, None],
+    "nested": {"x": (float("nan"),), float("inf"): 1},
+    "half": "\udc80",
+    "text": "ü",
+    "\udc80": 1,
+    "huge": 1 << 70,
+    "longest": 10**5000,
+}
+
+
+def test_export_is_json_for_a_strict_parser_whatever_the_data_holds(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "j.db")
+    store.commit([row(1, odd=ODD)])
+    store.close()
+    (line,) = told("export", tmp_path / "j.db")
+    assert strict(line)["data"]["odd"] == {
+        "numbers": ["NaN", "Infinity", "-Infinity", 1.5, 1 << 62, True, None],
+        "nested": {"x": ["NaN"], "Infinity": 1},
+        "half": "\\udc80",
+        "text": "ü",
+        "\\udc80": 1,
+        "huge": str(1 << 70),
+        "longest": hex(10**5000),
+    }
+
+
+def test_export_of_deep_data(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(190):
+        deep = {"in": (deep,)} if _ % 2 else [deep]
+    store = open_store(tmp_path / "j.db")
+    store.commit([row(1, deep=deep)])
+    store.close()
+    assert strict(told("export", tmp_path / "j.db")[0])["id"] == "c1"
+
+
+DAMAGES = {
+    "a number": "UPDATE contexts SET ended = 9.0 WHERE key = 2",
+    "data": "UPDATE contexts SET data = X'00' WHERE key = 2",
+    "no data": "UPDATE contexts SET data = NULL WHERE key = 2",
+    "another type": "UPDATE contexts SET body = 'text' WHERE key = 2",
+    "no UTF-8": "UPDATE contexts SET outcome = CAST(X'ff' AS TEXT) WHERE key = 2",
+    "no such plan": "UPDATE contexts SET plan = 77 WHERE key = 2",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_row_is_told_of_and_passed_over(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "j.db"
+    store = open_store(path)
+    store.commit([row(key, outcome="failed", ended=1.0) for key in range(1, 4)])
+    store.connection.execute("PRAGMA foreign_keys = OFF")
+    store.connection.execute(damage)
+    store.close()
+
+    for words in (("export", path), ("failed", path), ("show", path, "c1", "c3")):
+        done = subprocess.run(
+            [sys.executable, "-m", "obsdag", "journal", *map(str, words)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == (0 if words[0] == "show" else 1), done.stderr
+        assert [("c1" in line, "c3" in line) for line in done.stdout.splitlines()] == [(True, False), (False, True)]
+        if words[0] != "show":
+            assert done.stderr == (
+                f"obsdag journal: journal {path} is damaged: row 2 (context 'c2') does not match its checksum; "
+                "it is left out\n"
+            )
+    assert told("show", path, "c2", status=2) == [
+        f"obsdag journal: error: journal {path} is damaged: row 2 (context 'c2') does not match its checksum"
+    ]
+
+
+@pytest.mark.parametrize("id_", ["CAST(X'ff' AS TEXT)", "X'ff'", "7", "NULL OR 'x'"])
+def test_a_row_whose_id_is_damaged_is_told_of_by_its_key(tmp_path: Path, id_: str) -> None:
+    path = tmp_path / "j.db"
+    store = open_store(path)
+    store.commit([row(key) for key in range(1, 4)])
+    store.connection.execute(f"UPDATE contexts SET id = {id_} WHERE key = 2")
+    store.close()
+
+    done = subprocess.run(
+        [sys.executable, "-m", "obsdag", "journal", "export", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert [strict(line)["id"] for line in done.stdout.splitlines()] == ["c1", "c3"]
+    (line,) = done.stderr.splitlines()
+    assert "row 2 (context " in line
+
+
+def test_retry_changes_nothing_beside_a_damaged_row(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+    store = open_store(path)
+    store.commit([row(key, outcome="failed", ended=1.0) for key in range(1, 4)])
+    store.connection.execute(DAMAGES["data"])
+    store.close()
+    before = path.read_bytes()
+    assert told("retry", path, status=2) == [
+        f"obsdag journal: error: journal {path} is damaged: row 2 (context 'c2') does not match its checksum"
+    ]
+    assert path.read_bytes() == before
+    assert told("retry", path, "c3") == ["1 context(s) go on at the next recovery"]
 
 
 def test_retry_goes_on_from_where_it_failed(journal: Path) -> None:
@@ -168,6 +379,9 @@ def test_what_still_fails_fails_again(journal: Path) -> None:
 def test_mistakes_are_told_in_one_line(journal: Path, tmp_path: Path) -> None:
     assert told("show", tmp_path / "no.db", status=2) == [
         f"obsdag journal: error: journal {tmp_path / 'no.db'}: there is no such file"
+    ]
+    assert told("show", tmp_path, status=2) == [
+        f"obsdag journal: error: journal {tmp_path} is a folder: name the file in it"
     ]
     store = open_store(journal)
     assert "one process at a time can have it open" in told("failed", journal, status=2)[0]
