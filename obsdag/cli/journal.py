@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -56,6 +57,17 @@ def _opened(path: str) -> Iterator[Store]:
         store.close()
 
 
+class _Damage:
+    """Told of damaged rows, which are left out; the exit status of a command that met some."""
+
+    def __init__(self) -> None:
+        self.status = OK
+
+    def __call__(self, error: ObsdagError) -> None:
+        self.status = FAILED
+        print(f"obsdag journal: {one_line(error)}; it is left out", file=sys.stderr)
+
+
 def show(args: argparse.Namespace) -> int:
     """Counts, or the contexts of the given ids and what was made from them."""
     from obsdag.journal.repair import records
@@ -67,9 +79,10 @@ def show(args: argparse.Namespace) -> int:
                 print(f"process {store.get('open')} died with it open; deaths in a row before: {store.get('crashes')}")
             return OK
         where, values = _of_ids(store, args)
-        for each in records(store, f"tree IN (SELECT tree FROM contexts WHERE {where})", values):
+        damage = _Damage()
+        for each in records(store, f"tree IN (SELECT tree FROM contexts WHERE {where})", values, damage):
             print(_line(each, f"done: {', '.join(map(shown, each['done'])) or 'nothing'}"))
-    return OK
+    return damage.status
 
 
 def _of_ids(store: Store, args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -91,12 +104,13 @@ def failed(args: argparse.Namespace) -> int:
     """The dead letters."""
     from obsdag.journal import repair
 
+    damage = _Damage()
     with _opened(args.file) as store:
-        for each in repair.records(store, "outcome IN (?, ?)", repair.FAILED):
+        for each in repair.records(store, "outcome IN (?, ?)", repair.FAILED, damage):
             error = each["error"] or {"task": "?", "attempts": 0, "type": "unknown", "text": ""}
             tried = f"at {error['task']} after {error['attempts']} attempt(s): {error['type']}: {error['text']}"
             print(_line(each, shown(one_line(tried))))
-    return OK
+    return damage.status
 
 
 def retry(args: argparse.Namespace) -> int:
@@ -122,10 +136,12 @@ def export(args: argparse.Namespace) -> int:
     """Lines of JSON; what JSON does not know is text."""
     from obsdag.journal.repair import records
 
+    sys.setrecursionlimit(10_000)  # the codec takes data of nearly a thousand levels; a level is two calls here
+    damage = _Damage()
     with _opened(args.file) as store:
-        for each in records(store):
-            print(json.dumps(_plain(each), ensure_ascii=True))
-    return OK
+        for each in records(store, damaged=damage):
+            print(json.dumps(_plain(each), ensure_ascii=True, allow_nan=False))
+    return damage.status
 
 
 def _line(record: dict[str, Any], rest: str) -> str:
@@ -135,9 +151,29 @@ def _line(record: dict[str, Any], rest: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON knows it, whatever depth and keys it has."""
+    """A value as a strict parser of JSON takes it, whatever depth and keys it has."""
     if isinstance(value, dict):
-        return {key if isinstance(key, str) else str(key): _plain(each) for key, each in value.items()}
+        return _plain_dict(value)
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(each) for each in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    if isinstance(value, str):  # with half a surrogate, say
+        return value if value.isascii() else value.encode(errors="backslashreplace").decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, int) and value not in _INT64:
+        return str(value) if value.bit_length() < _LONG_BITS else hex(value)
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _plain_dict(value: dict[Any, Any]) -> Any:
+    plain = {}
+    for key, each in value.items():
+        name = _plain(key)
+        plain[name if isinstance(name, str) else str(key)] = _plain(each)
+    if len(plain) < len(value):  # keys that are alike as text
+        return [[_plain(key), _plain(each)] for key, each in value.items()]
+    return plain
+
+
+_INT64 = range(-(1 << 63), 1 << 64)
+_LONG_BITS = 14_000  # Python refuses to write more than 4300 digits

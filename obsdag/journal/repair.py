@@ -6,7 +6,7 @@ All on an open `Store` (`look=True`) of a file that no process has open.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -31,13 +31,20 @@ class Retried(NamedTuple):
     never: list[str]
 
 
-def records(store: Store, where: str = "1", values: Sequence[object] = ()) -> Iterator[dict[str, Any]]:
-    """Rows as mappings for people and for JSON: ids and names instead of numbers and masks."""
+def records(
+    store: Store,
+    where: str = "1",
+    values: Sequence[object] = (),
+    damaged: Callable[[JournalError], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows as mappings for people and for JSON: ids and names instead of numbers and masks. For what is asked and what
+    becomes of damaged ones, see `Store.rows`.
+    """
     codec = Codec()
     plans = {
         number: (dag, [each[0] for each in json.loads(tasks)]) for number, (_, dag, tasks) in store.plans().items()
     }
-    for row in store.rows(where, values):
+    for row in store.rows(where, values, damaged):
         yield describe(row, codec, *plans[row.plan])
 
 
@@ -65,7 +72,9 @@ def retry(store: Store, ids: Collection[str] = ()) -> Retried:
     ids: only these; none: all. With a context go those of its descendants that it took with it, and if the data of one
     of them had no form, which it failed by, all of them stay as they are. Ids are in order of key.
     """
-    rows = {row.key: row for row in store.rows("tree IN (SELECT tree FROM contexts WHERE outcome IN (?, ?))", FAILED)}
+    wanted = "outcome IN (?, ?)" + (f" AND id IN ({', '.join('?' * len(ids))})" if ids else "")
+    found = store.rows(f"tree IN (SELECT tree FROM contexts WHERE {wanted})", (*FAILED, *ids))
+    rows = {row.key: row for row in found}
     chosen = [row for row in rows.values() if row.outcome in FAILED and (not ids or row.id in ids)]
     children: dict[int, list[int]] = {}
     for row in rows.values():

@@ -176,6 +176,7 @@ class Store:
     def _connect_by(self, how: str) -> sqlite3.Connection:
         uri = f"{Path(self.path).resolve().as_uri()}?{how}"
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=0.2, check_same_thread=False)
+        connection.text_factory = _text  # else one damaged row ends the reading of all
         self._connection = connection
         return connection
 
@@ -367,17 +368,23 @@ class Store:
 
     # --- reading
 
-    def rows(self, where: str = "1", values: Sequence[object] = ()) -> Iterator[Row]:
-        """Rows in order of key, each checked. Raises JournalError for one that does not match its checksum."""
+    def rows(
+        self, where: str = "1", values: Sequence[object] = (), damaged: Callable[[JournalError], None] | None = None
+    ) -> Iterator[Row]:
+        """Rows in order of key, each checked. One that does not match its checksum is left out and handed to `damaged`
+        as the error that it is. Raises that where there is none.
+        """
         with self._told("read"):
             for found in self.connection.execute(f"SELECT {COLUMNS} FROM contexts WHERE {where} ORDER BY key", values):
-                row = Row._make(found)
-                if isinstance(row.id, bytes):
-                    row = row._replace(id=row.id.decode(errors=_SURROGATES))
-                if row.sum != sealed(row[:-1])[-1]:
-                    where = f"row {row.key} (context {row.id!r})"
-                    raise JournalError(f"journal {self.path} is damaged: {where} does not match its checksum")
-                yield row
+                row = _with_text_id(Row._make(found))
+                if _is_whole(row):
+                    yield row
+                    continue
+                which = f"row {row.key} (context {row.id!r})"
+                error = JournalError(f"journal {self.path} is damaged: {which} does not match its checksum")
+                if damaged is None:
+                    raise error
+                damaged(error)
 
     def last_end(self) -> float:
         """The latest Unix time at which a context ended, 0 if none has."""
@@ -464,6 +471,26 @@ def _with_storable_id(row: Cells) -> Cells:
     except UnicodeEncodeError:
         return (key, name.encode(errors=_SURROGATES), *rest)  # type: ignore[return-value] # SQLite keeps it as a blob
     return row
+
+
+def _text(stored: bytes) -> str:
+    return stored.decode(errors="surrogateescape")
+
+
+def _with_text_id(row: Row) -> Row:
+    if not isinstance(row.id, bytes):
+        return row
+    try:
+        return row._replace(id=row.id.decode(errors=_SURROGATES))
+    except UnicodeDecodeError:  # damaged
+        return row
+
+
+def _is_whole(row: Row) -> bool:
+    try:
+        return row.sum == sealed(row[:-1])[-1]
+    except (UnicodeError, AttributeError):  # where SQLite says there is text, there is none
+        return False
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

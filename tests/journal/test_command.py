@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,7 @@ ODD = {
     "\udc80": 1,
     "huge": 1 << 70,
     "longest": 10**5000,
+    "alike": {1: "a", "1": "b"},
 }
 
 
@@ -229,17 +230,20 @@ def test_export_is_json_for_a_strict_parser_whatever_the_data_holds(tmp_path: Pa
         "\\udc80": 1,
         "huge": str(1 << 70),
         "longest": hex(10**5000),
+        "alike": [[1, "a"], ["1", "b"]],
     }
 
 
-def test_export_of_deep_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("levels", "wrap"), [(190, lambda each: (each,)), (950, lambda each: {"in": each})])
+def test_export_of_deep_data(tmp_path: Path, levels: int, wrap: Callable[[Any], Any]) -> None:
     deep: Any = 1
-    for _ in range(190):
-        deep = {"in": (deep,)} if _ % 2 else [deep]
+    for _ in range(levels):
+        deep = wrap(deep)
     store = open_store(tmp_path / "j.db")
     store.commit([row(1, deep=deep)])
     store.close()
-    assert strict(told("export", tmp_path / "j.db")[0])["id"] == "c1"
+    (line,) = told("export", tmp_path / "j.db")
+    assert line.count("[" if levels == 190 else '"in"') >= levels
 
 
 DAMAGES = {
@@ -247,7 +251,6 @@ DAMAGES = {
     "data": "UPDATE contexts SET data = X'00' WHERE key = 2",
     "no data": "UPDATE contexts SET data = NULL WHERE key = 2",
     "another type": "UPDATE contexts SET body = 'text' WHERE key = 2",
-    "no UTF-8": "UPDATE contexts SET outcome = CAST(X'ff' AS TEXT) WHERE key = 2",
     "no such plan": "UPDATE contexts SET plan = 77 WHERE key = 2",
 }
 
@@ -277,12 +280,12 @@ def test_a_damaged_row_is_told_of_and_passed_over(tmp_path: Path, damage: str) -
     ]
 
 
-@pytest.mark.parametrize("id_", ["CAST(X'ff' AS TEXT)", "X'ff'", "7", "NULL OR 'x'"])
-def test_a_row_whose_id_is_damaged_is_told_of_by_its_key(tmp_path: Path, id_: str) -> None:
+@pytest.mark.parametrize("cell", ["id = CAST(X'ff' AS TEXT)", "id = X'ff'", "id = 7", "outcome = CAST(X'ff' AS TEXT)"])
+def test_a_row_whose_text_is_damaged_is_told_of_by_its_key(tmp_path: Path, cell: str) -> None:
     path = tmp_path / "j.db"
     store = open_store(path)
     store.commit([row(key) for key in range(1, 4)])
-    store.connection.execute(f"UPDATE contexts SET id = {id_} WHERE key = 2")
+    store.connection.execute(f"UPDATE contexts SET {cell} WHERE key = 2")
     store.close()
 
     done = subprocess.run(
