@@ -7,6 +7,7 @@ After a crash `recover` reads the rows and `core.restoring` puts the contexts in
 
     codec       a context's data and progress as bytes and back, exactly or not at all
     schema      tables, version, migrations
+    access      who may write the file, who has it open
     store       one SQLite file, opened so that nothing is lost, errors in one line
     writer      the thread that owns it
     recorder    the observer that writes down what happened

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from obsdag.errors import JournalError
+from obsdag.journal.access import READ_ONLY, beside, in_use, lock_for_reading, may_write
 from obsdag.journal.schema import APPLICATION_ID, COLUMNS, MIGRATIONS, VERSION, Cells, Row, create, insert_rows, sealed
 
 __all__ = ["PRUNED_AT_ONCE", "Durability", "Store"]
@@ -46,10 +47,6 @@ PRUNED_AT_ONCE: Final = 1_024
 """Rows per deletion: commits wait for it some milliseconds."""
 
 _SESSION_BITS: Final = 32
-_READ_ONLY: Final = "the file or its folder is read-only: run it as a user who may write both, or take a copy"
-_SHARED: Final = (510, 0x40000002)
-"""Length and place of what a reader of SQLite locks (SHARED_SIZE, SHARED_FIRST in its os.h)."""
-
 _NO_KEY: Final = (1 << 63) - 1
 _TOKEN: Final = "token."
 _SURROGATES: Final = "surrogatepass"
@@ -136,7 +133,7 @@ class Store:
                 raise JournalError(f"journal {self.path} cannot be made: its folder cannot be written to")
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         self._claim_file()
-        connection = self._take() if self._may_write() else self._take_as_it_stands()
+        connection = self._take() if may_write(self.path) else self._take_as_it_stands()
         fresh = self._check_kind(connection)
         if self.look:
             self.id = self.get("id") or ""
@@ -146,10 +143,6 @@ class Store:
             self._make(connection)
         self._migrate(connection)
         self._begin_session(connection)
-
-    def _may_write(self) -> bool:
-        log = self._beside("-wal")
-        return _writable(self.path) and _writable(log if os.path.exists(log) else os.path.dirname(log))
 
     def _take(self) -> sqlite3.Connection:
         connection = self._connect_by("mode=rw")
@@ -161,11 +154,11 @@ class Store:
     def _take_as_it_stands(self) -> sqlite3.Connection:
         """The file without a right to write. Raises JournalError if there is more to do than to read it."""
         if not self.look:
-            raise JournalError(f"journal {self.path} cannot be opened: {_READ_ONLY}")
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if not _lock_shared(self._lock):
-            raise JournalError(f"journal {self.path} {_in_use(self.path)}")
-        for left in (self._beside("-wal"), self._beside("-journal")):
+            raise JournalError(f"journal {self.path} cannot be opened: {READ_ONLY}")
+        self._lock = lock_for_reading(self.path)
+        if self._lock is None:
+            raise JournalError(f"journal {self.path} {in_use(self.path)}")
+        for left in (beside(self.path, "-wal"), beside(self.path, "-journal")):
             if os.path.exists(left):
                 raise JournalError(
                     f"journal {self.path} is read-only, and a process that died left {left}, which SQLite has to write "
@@ -179,10 +172,6 @@ class Store:
         connection.text_factory = _text  # else one damaged row ends the reading of all
         self._connection = connection
         return connection
-
-    def _beside(self, ending: str) -> str:
-        """A file that SQLite has beside the journal; of a link, beside what it leads to."""
-        return f"{Path(self.path).resolve()}{ending}"
 
     def _check_kind(self, connection: sqlite3.Connection) -> bool:
         """Whether the file is empty. Raises JournalError for another program's, and for a newer version's."""
@@ -447,11 +436,11 @@ class Store:
     def _reason(self, doing: str, error: sqlite3.Error) -> str:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return _in_use(self.path)
+            return in_use(self.path)
         if code == sqlite3.SQLITE_FULL:
             return f"cannot be {doing}: the disk is full ({error}); free some space and start again"
         if code == sqlite3.SQLITE_READONLY:
-            return f"cannot be {doing}: {_READ_ONLY}"
+            return f"cannot be {doing}: {READ_ONLY}"
         if code == sqlite3.SQLITE_CANTOPEN:
             return f"cannot be {doing}: the file cannot be opened; look at its permissions and its folder's"
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
@@ -495,39 +484,3 @@ def _is_whole(row: Row) -> bool:
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
-
-
-def _writable(path: str) -> bool:
-    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-
-
-def _lock_shared(descriptor: int) -> bool:
-    import fcntl  # not on Windows
-
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, *_SHARED)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def _in_use(path: str) -> str:
-    return f"is in use by {_holder(path)}: one process at a time can have it open"
-
-
-def _holder(path: str) -> str:
-    """Who holds the file, as far as the system's table of locks says."""
-    holders: set[int] = set()
-    try:
-        inodes = {os.stat(each).st_ino for each in (path, f"{path}-shm") if os.path.exists(each)}
-        with open("/proc/locks", encoding="ascii") as table:
-            for line in table:
-                fields = [field for field in line.split() if field != "->"]
-                if len(fields) > 5 and int(fields[5].rsplit(":", 1)[1]) in inodes:
-                    holders.add(int(fields[4]))
-    except (OSError, ValueError):
-        holders = set()
-    others = sorted(pid for pid in holders if pid > 0 and pid != os.getpid())
-    if others:
-        return f"process {others[0]}"
-    return "another connection of this process" if holders else "another process"
