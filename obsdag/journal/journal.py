@@ -59,6 +59,9 @@ class SQLiteJournal:
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
                 raise ConfigError(f"SQLiteJournal({name}={value!r}): it is a number >= {least}")
         self.path = os.fspath(path)
+        if self.path in ("", ":memory:") or self.path.startswith("file:"):
+            what = "it is the path of a file, such as 'orders.db'; leave the journal out to keep nothing"
+            raise ConfigError(f"SQLiteJournal({self.path!r}): {what}")
         self.durability: Durability = durability
         self.codec = Codec(allow_pickle)
         self.keep_s, self.keep, self.max_crashes = keep_s, keep, max_crashes

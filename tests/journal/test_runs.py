@@ -57,6 +57,16 @@ def plus(name: str = "plus") -> DAG:
     return dag
 
 
+@pytest.mark.parametrize("path", [":memory:", "", "file:orders.db?mode=rwc"])
+def test_a_journal_is_a_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        SQLiteJournal(path)
+    assert str(refused.value) == (
+        f"SQLiteJournal({path!r}): it is the path of a file, such as 'orders.db'; leave the journal out to keep nothing"
+    )
+
+
 async def test_a_real_run_and_its_file(tmp_path: Path) -> None:
     dag = DAG()
 
