@@ -62,6 +62,13 @@ __all__ = [
 ]
 
 
+def unless_missing(error: ImportError, package: str) -> ImportError | None:
+    """The cause of an error that tells what to install: none if the package is not there, which the error says; `error`
+    if it is there and cannot be imported.
+    """
+    return None if isinstance(error, ModuleNotFoundError) and error.name == package else error
+
+
 class ObsdagError(Exception):
     """The root of everything that obsdag raises on its own account."""
 

@@ -18,13 +18,13 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from obsdag.errors import EncodingError, JournalError
+from obsdag.errors import EncodingError, JournalError, unless_missing
 
 try:
     import msgspec
     from msgspec.msgpack import Ext
 except ImportError as error:  # pragma: no cover - the tests have it
-    raise ImportError("the journal needs msgspec: pip install 'obsdag[journal]'") from error
+    raise ImportError("the journal needs msgspec: pip install 'obsdag[journal]'") from unless_missing(error, "msgspec")
 
 __all__ = ["Body", "Codec", "Failed", "Rare", "mask_of", "pack_mask"]
 

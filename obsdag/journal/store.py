@@ -426,14 +426,16 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            raise JournalError(f"journal {self.path} {self._reason(doing, error)}") from error
+            known = self._known_reason(doing, error)  # says all that the error does
+            reason = known or f"cannot be {doing}: {error}"
+            raise JournalError(f"journal {self.path} {reason}") from (None if known else error)
         except PermissionError:
             reason = "it, or a folder above it, is closed to this user: run it as one who may read and write it"
             raise JournalError(f"journal {self.path} cannot be {doing}: {reason}") from None
         except OSError as error:
             raise JournalError(f"journal {self.path} cannot be {doing}: {error.strerror or error}") from error
 
-    def _reason(self, doing: str, error: sqlite3.Error) -> str:
+    def _known_reason(self, doing: str, error: sqlite3.Error) -> str | None:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return in_use(self.path)
@@ -445,7 +447,7 @@ class Store:
             return f"cannot be {doing}: the file cannot be opened; look at its permissions and its folder's"
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return f"is damaged ({error}): restore a backup"
-        return f"cannot be {doing}: {error}"
+        return None
 
 
 def _padded(rows: Sequence[Cells]) -> Sequence[Cells]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from obsdag.errors import ConfigError
+from obsdag.errors import ConfigError, unless_missing
 from obsdag.ops.app import OpsApp, create_app
 from obsdag.ops.guard import LOOPBACK_HOSTS
 from obsdag.ops.targets import TargetFile
@@ -158,7 +158,8 @@ def _bounds(max_connections: Any) -> Bounds:
     try:
         from obsdag.ops.http import Bounds
     except ImportError as error:
-        raise ConfigError("start_ops_server needs the package h11: pip install 'obsdag[ops]'") from error
+        told = "start_ops_server needs the package h11: pip install 'obsdag[ops]'"
+        raise ConfigError(told) from unless_missing(error, "h11")
     if isinstance(max_connections, bool) or not isinstance(max_connections, int) or max_connections < 1:
         raise ConfigError(f"max_connections must be a whole number >= 1, not {max_connections!r}")
     return Bounds(connections=max_connections)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from obsdag.errors import ConfigError, PlanChangedError
+from obsdag.errors import ConfigError, PlanChangedError, unless_missing
 from obsdag.graph import DAG
 from obsdag.ops.server import OpsServer, start_ops_server
 from obsdag.ray.shard import ShardEngine
@@ -31,7 +31,7 @@ try:
     from ray import cloudpickle
     from ray._private import ray_constants
 except ImportError as error:  # pragma: no cover - the tests of this have it
-    raise ImportError("RayExecutor needs Ray: pip install 'obsdag[ray]'") from error
+    raise ImportError("RayExecutor needs Ray: pip install 'obsdag[ray]'") from unless_missing(error, "ray")
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from obsdag.errors import unless_missing
 from obsdag.journal.codec import Codec
 from obsdag.pools.carry import RemoteFailure, pack_error, unpack_error
 
 try:
     import msgspec
 except ImportError as error:  # pragma: no cover - the codec's import has told it before
-    raise ImportError("RayExecutor needs msgspec: pip install 'obsdag[ray]'") from error
+    raise ImportError("RayExecutor needs msgspec: pip install 'obsdag[ray]'") from unless_missing(error, "msgspec")
 
 __all__ = [
     "Answers",

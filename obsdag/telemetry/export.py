@@ -256,7 +256,8 @@ def otlp_exporter(endpoint: str | None, protocol: str | None) -> SpanExporter:
 
         return HttpExporter(endpoint=None if endpoint is None else _signal_url(endpoint))
     except ImportError as error:
-        raise ConfigError(f"Tracing.otlp needs an exporter ({error}): install obsdag[otlp]") from error
+        told = f"Tracing.otlp needs an exporter ({error}): pip install 'obsdag[otlp]'"
+        raise ConfigError(told) from (None if isinstance(error, ModuleNotFoundError) else error)
 
 
 def _protocol_from_environment() -> str:

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,8 +122,9 @@ def test_another_process_that_has_it_is_named(tmp_path: Path, program: str) -> N
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "open\n"
-        with pytest.raises(JournalError, match=f"in use by process {other.pid}: one process at a time"):
+        with pytest.raises(JournalError, match=f"in use by process {other.pid}: one process at a time") as found:
             Store(str(path)).open()
+        assert "".join(traceback.format_exception(found.value)).count("Traceback") == 1
         assert other.stdin is not None
         other.stdin.close()
         other.wait()
