@@ -84,6 +84,17 @@ def test_python_blocks_run_as_they_stand(block: Block, tmp_path: Path) -> None:
         assert done.stdout == block.output
 
 
+EXTRAS = {"start_ops_server(": "ops", "Tracing.otlp(": "otlp", "SQLiteJournal(": "journal", "obsdag.ray": "ray"}
+
+
+@pytest.mark.parametrize("block", _of("python"))
+def test_what_a_block_needs_is_named_above_it(block: Block) -> None:
+    above = "\n".join(README.splitlines()[: block.line - 1]).rpartition("\n```\n")[2]
+    named = {extra for found in re.findall(r"pip install '\.\[([\w,]+)\]'", above) for extra in found.split(",")}
+
+    assert {extra for word, extra in EXTRAS.items() if word in block.text} <= named
+
+
 @pytest.mark.parametrize(("line", "command"), COMMANDS)
 def test_commands_do_what_they_say(line: int, command: str, tmp_path: Path) -> None:
     words = shlex.split(command)

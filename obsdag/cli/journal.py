@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "journal",
         help="look into a journal, run again what failed",
-        description="For a journal that no process has open: stop the service first.",
+        description=_ALONE,
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, command, text in (
@@ -34,11 +34,23 @@ def add_command(commands: Any) -> None:
         ("retry", retry, "take the outcome of what failed back: the next recovery runs it from where it failed"),
         ("export", export, "every context as a line of JSON"),
     ):
-        action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        action.add_argument("file", metavar="FILE")
+        description = f"{text[0].upper()}{text[1:]}.\n{_EXPORTED if name == 'export' else ''}{_ALONE}"
+        action = actions.add_parser(name, help=text, description=description)
+        action.add_argument("file", metavar="FILE", help="the path that SQLiteJournal has")
         if name in ("show", "retry"):
             action.add_argument("ids", metavar="ID", nargs="*", help="of a context; none: all")
         action.set_defaults(command=command)
+
+
+_ALONE = (
+    "A command opens the file alone: stop the service that has it open first. "
+    "To look, it is enough to have the right to read it."
+)
+_EXPORTED = (
+    'NaN and infinities are text ("NaN", "Infinity", "-Infinity"), and so is what else JSON has no form of: dates, '
+    "bytes, whole numbers of more than 64 bits. Tuples and sets are lists; a mapping with keys that are alike as text "
+    "is a list of pairs. A damaged row is told of on standard error and left out; the exit status is 1 then.\n"
+)
 
 
 @contextmanager

@@ -379,6 +379,17 @@ def test_what_still_fails_fails_again(journal: Path) -> None:
     assert len(told("failed", journal)) == 2
 
 
+@pytest.mark.parametrize("action", [(), ("show",), ("failed",), ("retry",), ("export",)], ids=str)
+def test_help_says_that_the_service_is_stopped_first(action: tuple[str, ...]) -> None:
+    assert "stop the service that has it open first" in " ".join(" ".join(told(*action, "--help")).split())
+
+
+def test_help_says_what_an_export_does_with_what_json_has_no_form_of() -> None:
+    help_ = " ".join(" ".join(told("export", "--help")).split())
+    assert 'NaN and infinities are text ("NaN", "Infinity", "-Infinity")' in help_
+    assert "exit status is 1" in help_
+
+
 def test_mistakes_are_told_in_one_line(journal: Path, tmp_path: Path) -> None:
     assert told("show", tmp_path / "no.db", status=2) == [
         f"obsdag journal: error: journal {tmp_path / 'no.db'}: there is no such file"
