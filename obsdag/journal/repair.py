@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -40,12 +41,23 @@ def records(
     """Rows as mappings for people and for JSON: ids and names instead of numbers and masks. For what is asked and what
     becomes of damaged ones, see `Store.rows`.
     """
-    codec = Codec()
-    plans = {
-        number: (dag, [each[0] for each in json.loads(tasks)]) for number, (_, dag, tasks) in store.plans().items()
-    }
+    codec, plans = Codec(), _readable_plans(store)
     for row in store.rows(where, values, damaged):
-        yield describe(row, codec, *plans[row.plan])
+        if row.plan in plans:
+            yield describe(row, codec, *plans[row.plan])
+            continue
+        error = store.damage(row, "is of a plan that cannot be read")
+        if damaged is None:
+            raise error
+        damaged(error)
+
+
+def _readable_plans(store: Store) -> dict[int, tuple[str, list[str]]]:
+    plans = {}
+    for number, (_, dag, tasks) in store.plans().items():
+        with suppress(ValueError, TypeError, LookupError):  # it is damaged
+            plans[number] = (dag, [each[0] for each in json.loads(tasks)])
+    return plans
 
 
 def describe(row: Row, codec: Codec, dag: str, tasks: Sequence[str]) -> dict[str, Any]:

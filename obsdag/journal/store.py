@@ -369,11 +369,15 @@ class Store:
                 if _is_whole(row):
                     yield row
                     continue
-                which = f"row {row.key} (context {row.id!r})"
-                error = JournalError(f"journal {self.path} is damaged: {which} does not match its checksum")
+                error = self.damage(row, "does not match its checksum")
                 if damaged is None:
                     raise error
                 damaged(error)
+
+    def damage(self, row: Row, what: str) -> JournalError:
+        """The error that a row is damaged; what: how that shows."""
+        which = f"row {row.key} (context {row.id!r})"
+        return JournalError(f"journal {self.path} is damaged: {which} {what}: restore a backup")
 
     def last_end(self) -> float:
         """The latest Unix time at which a context ended, 0 if none has."""

@@ -16,6 +16,7 @@ import pytest
 
 from obsdag import DAG, Context, Executor, ExecutorConfig
 from obsdag.journal.repair import retry
+from obsdag.journal.schema import Row, sealed
 from obsdag.journal.store import Store
 from obsdag.testing import run_virtual
 from tests.journal.images import inline, outcomes, recovered
@@ -255,6 +256,10 @@ DAMAGES = {
 }
 
 
+def second_is_damaged(path: Path) -> str:
+    return f"journal {path} is damaged: row 2 (context 'c2') does not match its checksum: restore a backup"
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_row_is_told_of_and_passed_over(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "j.db"
@@ -271,13 +276,31 @@ def test_a_damaged_row_is_told_of_and_passed_over(tmp_path: Path, damage: str) -
         assert done.returncode == (0 if words[0] == "show" else 1), done.stderr
         assert [("c1" in line, "c3" in line) for line in done.stdout.splitlines()] == [(True, False), (False, True)]
         if words[0] != "show":
-            assert done.stderr == (
-                f"obsdag journal: journal {path} is damaged: row 2 (context 'c2') does not match its checksum; "
-                "it is left out\n"
-            )
-    assert told("show", path, "c2", status=2) == [
-        f"obsdag journal: error: journal {path} is damaged: row 2 (context 'c2') does not match its checksum"
-    ]
+            assert done.stderr == f"obsdag journal: {second_is_damaged(path)}; it is left out\n"
+    assert told("show", path, "c2", status=2) == [f"obsdag journal: error: {second_is_damaged(path)}"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["DELETE FROM plans", "UPDATE plans SET tasks = '[[\"a'", "UPDATE plans SET tasks = 7"]
+)
+def test_rows_of_a_plan_that_cannot_be_read_are_told_of(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "j.db"
+    store = open_store(path)
+    other = store.plan_number("e" * 32, "another", '[["in"], ["out"]]')
+    store.commit([row(1), Row._make(sealed(row(2)._replace(plan=other)[:-1]))])
+    store.connection.execute("PRAGMA foreign_keys = OFF")
+    store.connection.execute(f"{damage} WHERE dag = 'dag'")
+    store.close()
+
+    done = subprocess.run(
+        [sys.executable, "-m", "obsdag", "journal", "export", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"obsdag journal: journal {path} is damaged: row 1 (context 'c1') is of a plan that cannot be read: "
+        "restore a backup; it is left out\n"
+    )
+    assert [strict(line)["id"] for line in done.stdout.splitlines()] == ["c2"]
 
 
 @pytest.mark.parametrize("cell", ["id = CAST(X'ff' AS TEXT)", "id = X'ff'", "id = 7", "outcome = CAST(X'ff' AS TEXT)"])
@@ -304,9 +327,7 @@ def test_retry_changes_nothing_beside_a_damaged_row(tmp_path: Path) -> None:
     store.connection.execute(DAMAGES["data"])
     store.close()
     before = path.read_bytes()
-    assert told("retry", path, status=2) == [
-        f"obsdag journal: error: journal {path} is damaged: row 2 (context 'c2') does not match its checksum"
-    ]
+    assert told("retry", path, status=2) == [f"obsdag journal: error: {second_is_damaged(path)}"]
     assert path.read_bytes() == before
     assert told("retry", path, "c3") == ["1 context(s) go on at the next recovery"]
 
