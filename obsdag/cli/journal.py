@@ -55,6 +55,7 @@ _EXPORTED = (
 
 @contextmanager
 def _opened(path: str) -> Iterator[Store]:
+    """An open store; its errors are the command's. What needs the extra is imported inside, where it is there."""
     try:
         from obsdag.journal.store import Store
     except ImportError as error:
@@ -82,9 +83,9 @@ class _Damage:
 
 def show(args: argparse.Namespace) -> int:
     """Counts, or the contexts of the given ids and what was made from them."""
-    from obsdag.journal.repair import records
-
     with _opened(args.file) as store:
+        from obsdag.journal.repair import records
+
         if not args.ids:
             _show_counts(args.file, store.counts())
             if store.get("open"):
@@ -114,10 +115,10 @@ def _show_counts(file: str, counts: dict[str, dict[str, int]]) -> None:
 
 def failed(args: argparse.Namespace) -> int:
     """The dead letters."""
-    from obsdag.journal import repair
-
     damage = _Damage()
     with _opened(args.file) as store:
+        from obsdag.journal import repair
+
         for each in repair.records(store, "outcome IN (?, ?)", repair.FAILED, damage):
             error = each["error"] or {"task": "?", "attempts": 0, "type": "unknown", "text": ""}
             tried = f"at {error['task']} after {error['attempts']} attempt(s): {error['type']}: {error['text']}"
@@ -127,9 +128,9 @@ def failed(args: argparse.Namespace) -> int:
 
 def retry(args: argparse.Namespace) -> int:
     """Takes outcomes back."""
-    from obsdag.journal import repair
-
     with _opened(args.file) as store:
+        from obsdag.journal import repair
+
         _of_ids(store, args)
         again, never = repair.retry(store, args.ids)
         if missing := set(args.ids) - {*again, *never}:
@@ -146,11 +147,11 @@ def retry(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Lines of JSON; what JSON does not know is text."""
-    from obsdag.journal.repair import records
-
     sys.setrecursionlimit(10_000)  # the codec takes data of nearly a thousand levels; a level is two calls here
     damage = _Damage()
     with _opened(args.file) as store:
+        from obsdag.journal.repair import records
+
         for each in records(store, damaged=damage):
             print(json.dumps(_plain(each), ensure_ascii=True, allow_nan=False))
     return damage.status

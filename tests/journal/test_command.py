@@ -411,6 +411,15 @@ def test_help_says_what_an_export_does_with_what_json_has_no_form_of() -> None:
     assert "exit status is 1" in help_
 
 
+@pytest.mark.parametrize("action", ["show", "failed", "retry", "export"])
+def test_a_missing_extra_is_told_in_one_line(action: str, journal: Path) -> None:
+    code = "import sys; sys.modules['msgspec'] = None; from obsdag.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "journal", action, str(journal)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "obsdag journal: error: the journal needs msgspec: pip install 'obsdag[journal]'\n"
+
+
 def test_mistakes_are_told_in_one_line(journal: Path, tmp_path: Path) -> None:
     assert told("show", tmp_path / "no.db", status=2) == [
         f"obsdag journal: error: journal {tmp_path / 'no.db'}: there is no such file"
