@@ -7,7 +7,7 @@ Without a journal there is none of this (`Durable.of` gives None).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from obsdag.context import Context, OutputContext
@@ -35,15 +35,17 @@ class Durable:
         self._recovery = recovery
 
     @classmethod
-    async def of(cls, journal: Any, plan: Plan) -> Durable | None:
-        """Opens the journal and reads what has no outcome. Raises JournalError, PlanChangedError."""
+    async def of(cls, journal: Any, plan: Plan, tasks: Mapping[str, str | None] | None) -> Durable | None:
+        """Opens the journal and reads what has no outcome. tasks: as for `recover`. Raises JournalError,
+        PlanChangedError.
+        """
         if journal is None:
             return None
         await journal.acquire()
         try:
             recorder = await journal.record(plan)
             try:  # nothing is awaited from the load to the begin of the run: what is found is this period's alone
-                return cls(journal, recorder, await journal.load(plan))
+                return cls(journal, recorder, await journal.load(plan, tasks))
             except BaseException:
                 await asyncio.shield(recorder.close())
                 raise
@@ -81,15 +83,17 @@ class Durable:
 
     def accept(self, context: Context, now: float, due: float | None, reject: Callable[[str], None]) -> None:
         """A submission is accepted. due: its deadline on the run's clock. Raises EncodingError; nothing is changed."""
+        caller = None
+        if context._trace is not None:
+            from obsdag.telemetry.carrier import caller_of
+
+            caller = caller_of(context)
         try:
             self._recorder.accepted(context, now, due)
         except EncodingError:
             reject("invalid")
             raise
-        if context._trace is not None:
-            from obsdag.telemetry.carrier import caller_of
-
-            context._entry.caller = caller_of(context)
+        context._entry.caller = caller
 
     async def committed(self, ticket: Ticket, book: TicketBook) -> None:
         """Returns when the ticket's acceptance is committed. Raises JournalError.

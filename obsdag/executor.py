@@ -144,7 +144,7 @@ class Executor:
         input iterator raises.
         """
         result = RunResult()
-        async with _journalled(self.config.journal, self.plan) as recorder:
+        async with _journalled(self.config.journal, self.plan, left_alone=True) as recorder:
             shell = self._open_shell("run", open_inputs(input_context))
             shell.run.emit = result.append
             await self._see_to_its_end(shell, result, recorder)
@@ -197,7 +197,7 @@ class Executor:
 
         Memory is bounded by `max_live_contexts`, whatever the number of inputs. Leaving early ends the run (E9).
         """
-        async with _journalled(self.config.journal, self.plan) as recorder:
+        async with _journalled(self.config.journal, self.plan, left_alone=True) as recorder:
             shell = self._open_shell("stream", open_inputs(inputs))
             outputs = OutputStream(shell)
             if recorder is not None:
@@ -371,8 +371,10 @@ class Executor:
 
 
 @asynccontextmanager
-async def _journalled(journal: Any, plan: Plan) -> AsyncIterator[Any]:
-    """Keeps the journal open, if there is one; gives what records a run in it."""
+async def _journalled(journal: Any, plan: Plan, *, left_alone: bool = False) -> AsyncIterator[Any]:
+    """Keeps the journal open, if there is one; gives what records a run in it. left_alone: what an earlier process has
+    left there, and the run says so.
+    """
     if journal is None:
         yield None
         return
@@ -380,6 +382,8 @@ async def _journalled(journal: Any, plan: Plan) -> AsyncIterator[Any]:
     try:
         recorder = await journal.record(plan)
         try:
+            if left_alone:
+                recorder.left = await journal.left(plan)
             yield recorder
         finally:
             await see_through(recorder.close())

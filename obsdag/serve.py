@@ -19,6 +19,8 @@ from obsdag.serving import Phase, Serving
 from obsdag.tickets import Entering, Ticket, living_of, stories
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from obsdag.config import ExecutorConfig
     from obsdag.context import Context
     from obsdag.core.records import Scope
@@ -54,13 +56,14 @@ class ServeExecutor(Serving["RunShell"], Executor):
 
     # --- life
 
-    async def start(self) -> Self:
+    async def start(self, tasks: Mapping[str, str | None] | None = None) -> Self:
         """Starts accepting. With a journal, what an earlier process accepted goes on, with tickets.
 
-        Raises ServeError if it is started already or cannot handle signals in this thread; JournalError.
+        tasks: for a DAG that has changed, as for `recover`. Raises ServeError if it is started already or cannot handle
+        signals in this thread; JournalError, PlanChangedError.
         """
         self._open()
-        self._durable = await Durable.of(self.config.journal, self.plan)
+        self._durable = await Durable.of(self.config.journal, self.plan, tasks)
         try:
             self._signals.take(self._signalled)
             shell = self._period = self._open_shell("serve", iter(()))

@@ -81,7 +81,7 @@ class Serving(Generic[PeriodT]):
     # --- what is different where the work is done
 
     @abstractmethod
-    async def start(self) -> Self:
+    async def start(self, tasks: Mapping[str, str | None] | None = None) -> Self:
         """Starts accepting. Raises ServeError if it is started already."""
 
     @abstractmethod

@@ -365,9 +365,19 @@ class Lifecycle(RunBase):
 
     # --- what ends others
 
-    def fail_context(self, context: Context, error: BaseException, execution: Execution | None, now: float) -> None:
-        """Ends a context as failed and its descendants as cancelled (E6, C8)."""
-        task = execution.task.id if execution is not None else self._waiting_at(context)
+    def fail_context(
+        self,
+        context: Context,
+        error: BaseException,
+        execution: Execution | None,
+        now: float,
+        task: str | None = None,
+    ) -> None:
+        """Ends a context as failed and its descendants as cancelled (E6, C8). task: to blame, if no execution is."""
+        if execution is not None:
+            task = execution.task.id
+        elif task is None:
+            task = self._waiting_at(context)
         context._error = error
         more_of(context).why = task
         attempts = execution.attempt if execution is not None else max(1, context.attempt)

@@ -161,6 +161,9 @@ class Observer:
         put them into the run.
         """
 
+    def journal_left(self, contexts: int) -> None:
+        """So many contexts of an earlier process have no outcome, and this run leaves them where they are."""
+
     def journal_failed(self, error: BaseException) -> None:
         """Nothing more can be committed; the run ends. Of a `JournalError`, `rows` and `took_s` tell what failed."""
 

@@ -46,8 +46,11 @@ class Saved:
     deadline: float | None = None
 
 
-def restore(run: RunState, saved: Sequence[Saved], now: float) -> None:
-    """Puts contexts into a run that has just begun; parents come before their children."""
+def restore(run: RunState, saved: Sequence[Saved], now: float, lane: int = NEW) -> None:
+    """Puts contexts into a run that has just begun; parents come before their children.
+
+    lane: where those are queued that are ready.
+    """
     living = [each for each in saved if each.context._outcome is None]
     for each in saved:
         _fill(run, each, now)
@@ -61,7 +64,7 @@ def restore(run: RunState, saved: Sequence[Saved], now: float) -> None:
     for each in living:
         _make_ready(run, each, now)
     for each in living:
-        _schedule(run, each, now)
+        _schedule(run, each, now, lane)
         more = each.context._more
         if more is not None and more.lends:
             run._touched.extend(more.lends.values())
@@ -150,16 +153,16 @@ def _make_ready(run: RunState, saved: Saved, now: float) -> None:
     run._offer(context, run._all_ready(context._done) & ~(context._parked | waiting), now)
 
 
-def _schedule(run: RunState, saved: Saved, now: float) -> None:
+def _schedule(run: RunState, saved: Saved, now: float, lane: int) -> None:
     context = saved.context
     if context._outcome is not None:
         return
     if saved.frozen:
         run._note_freeze(context, True, now)
     if context._ready and not saved.frozen:
-        run.queue.put(context, NEW)
+        run.queue.put(context, lane)
         if run.facts.context_queued is not None:
-            run.facts.context_queued(context, NEW, now)
+            run.facts.context_queued(context, lane, now)
         run._restate(context, now)
     else:
         run._schedule(context, now)

@@ -75,6 +75,7 @@ class SQLiteJournal:
         self._opening: asyncio.Task[Writer] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
+        self._left: set[str] = set()  # DAGs of which it was said what an earlier process has left
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
         self._inline = False  # for tests in virtual time: commits happen where they are asked for
@@ -122,6 +123,7 @@ class SQLiteJournal:
             await _off_the_loop(writer)
             raise
         self.writer, self.next_key = writer, store.first_key
+        self._left.clear()
         return writer
 
     def _prune(self, store: Store) -> None:
@@ -166,12 +168,28 @@ class SQLiteJournal:
 
     async def record(self, plan: Plan) -> Recorder:
         """What a run on `plan` is recorded by; the journal is open. Raises JournalError."""
-        from obsdag.journal.recorder import Recorder, WatchfulRecorder
+        from obsdag.journal.recorder import Recorder
+        from obsdag.journal.watchful import WatchfulRecorder
 
         dying = self.open_writer().store.crashes >= _WATCHED_CRASHES
         recorder = WatchfulRecorder(self, plan) if dying else Recorder(self, plan)
         await recorder.open()
         return recorder
+
+    async def left(self, plan: Plan) -> int:
+        """How many contexts on DAGs of this name an earlier process has left that no run has taken up.
+
+        Asked again while the journal is open it is 0: once is enough to be told of it. Raises JournalError.
+        """
+        if plan.name in self._left:
+            return 0
+        self._left.add(plan.name)
+        writer = self.open_writer()
+        dags = [plan.name, *(old for old, new in self.dags.items() if new == plan.name)]
+        found = await asyncio.wrap_future(writer.call(lambda store: store.left(dags)))
+        first = writer.store.first_key
+        taken = sum(key < first for each in self.recorders if each.plan.name == plan.name for key in each.keys)
+        return found - taken
 
     async def load(self, plan: Plan, tasks: Mapping[str, str | None] | None = None) -> Recovery:
         """The contexts on DAGs of this name that have no outcome and are no living run's business.

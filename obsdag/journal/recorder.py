@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.context import Context, OutputContext
 from obsdag.core.observer import Facts, Observer
+from obsdag.core.queue import CONTINUING, NEW
 from obsdag.core.restoring import Saved, restore
 from obsdag.errors import EncodingError, JournalError
 from obsdag.journal.codec import pack_mask
@@ -55,6 +56,7 @@ class Recorder(Observer):
         self.journal = journal
         self.plan = plan
         self.error: JournalError | None = None
+        self.left = 0  # contexts of an earlier process that are nobody's business
         self.keys: set[int] = set()  # of contexts that have no outcome and are this run's business
         self._writer = journal.open_writer()
         self._token, self._encode = self._writer.store.token, journal.codec.encode
@@ -66,7 +68,7 @@ class Recorder(Observer):
         self._many = self._writer.most_rows  # of them go to the writer's bounded inbox, however much that has
         self._coming = False  # `_turn_over`, before anything new
         self._urgent = False  # somebody waits for what was touched
-        self._refused: deque[Context] = deque()  # their data has no form
+        self._refused: deque[tuple[Context, str | None]] = deque()  # their data has no form, and the task that set it
         self._sent = self._committed = 0
         self._units: deque[tuple[int, int]] = deque()  # (the writer's number, ours)
         self._news: deque[tuple[int, int, float]] = deque()  # what `committed` was told
@@ -97,7 +99,14 @@ class Recorder(Observer):
         """Belongs to a run's shell from now on: its outputs are given out after their commit."""
         self._shell = shell
         shell.recorder = self
+        if self.left and shell.restore is None:
+            shell.restore = self._tell_left
         self._emit, shell.run.emit = shell.run.emit, self._hold_output
+
+    def _tell_left(self, now: float) -> None:
+        facts = self._facts
+        if facts is not None and facts.journal_left is not None:
+            facts.journal_left(self.left)
 
     def take_up(self, recovery: Recovery, now: float) -> None:
         """Puts the contexts of a journal into the run that begins; those that keep killing the process fail."""
@@ -113,7 +122,7 @@ class Recorder(Observer):
             trials.setdefault(tree, []).append(saved) if tree in recovery.suspects else calm.append(saved)
         self._trials.extend(trials.values())
         self._moved = recovery.moved
-        self._restore(shell, calm, now)
+        self._restore(shell, calm, now, NEW)
         for context in recovery.culprits:
             if context._outcome is not None:
                 continue  # it ended with one above it
@@ -130,10 +139,10 @@ class Recorder(Observer):
             facts.journal_recovered(contexts, replayed, len(recovery.culprits), took_s)
         self._next_trial()
 
-    def _restore(self, shell: RunShell, saved: list[Saved], now: float) -> None:
+    def _restore(self, shell: RunShell, saved: list[Saved], now: float, lane: int) -> None:
         self._restoring = True
         try:
-            restore(shell.run, saved, now)
+            restore(shell.run, saved, now, lane)
         finally:
             self._restoring = False
         for context in [each.context for each in saved if each.context in self._moved] if self._moved else ():
@@ -141,13 +150,16 @@ class Recorder(Observer):
             self._touch(context)
 
     def _next_trial(self) -> None:
-        """Trees of which one was running when the process died, repeatedly, go on alone: the innocent are cleared."""
+        """Trees of which one was running when the process died, repeatedly, go on one by one: the innocent are cleared.
+
+        They go before new work, behind which they could wait until the process dies again, and be judged never.
+        """
         shell = self._shell
         while self._trials and shell is not None and not self._suspended and not any(map(_is_on_trial, self._tried)):
             now = shell.clock()
             saved = self._trials.popleft()
             self._tried = [each.context for each in saved if each.context._outcome is None]
-            self._restore(shell, saved, now)
+            self._restore(shell, saved, now, CONTINUING)
             shell.run.dirty = True
             self._loop.call_soon(shell.pump)
 
@@ -156,7 +168,7 @@ class Recorder(Observer):
         for saved in self._trials:
             if saved[0].context._entry.tree == context._entry.tree and self._shell is not None:
                 self._trials.remove(saved)
-                self._restore(self._shell, saved, now)
+                self._restore(self._shell, saved, now, CONTINUING)
                 return
 
     def suspend(self) -> None:
@@ -314,7 +326,7 @@ class Recorder(Observer):
             return
         if (context._scope is not None or self._restoring) and hasattr(context, "_entry"):
             return  # a submission, or one of an earlier process; asking each context takes 0.4 us
-        self._take_data(context, self._enter(context, kind, maker, now))
+        self._take_data(context, self._enter(context, kind, maker, now), None if maker is None else maker.task.id)
         self._touch(context)
 
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
@@ -337,8 +349,10 @@ class Recorder(Observer):
     def context_changed(self, context: Context, now: float) -> None:
         """Another's return, or a freeze, changed it."""
         entry = getattr(context, "_entry", None)
-        if entry is not None and not self._suspended and context._outcome is None:
-            self._take_data(context, entry)
+        if entry is None:
+            return
+        if not self._suspended and context._outcome is None:
+            self._take_data(context, entry, None)
         self._touch(context)
 
     def execution_finished(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
@@ -348,7 +362,7 @@ class Recorder(Observer):
             return
         entry = context._entry
         if outcome == "success":
-            self._take_data(context, entry)
+            self._take_data(context, entry, execution.task.id)
             if entry.suspect:
                 entry.suspect = entry.started = False
                 entry.crashes = 0
@@ -379,12 +393,12 @@ class Recorder(Observer):
         self.keys.add(key)
         return entry
 
-    def _take_data(self, context: Context, entry: Entry) -> None:
+    def _take_data(self, context: Context, entry: Entry, task: str | None) -> None:
         try:
             entry.data = self._encode(dict(context._data))
         except EncodingError as error:
             entry.problem = error.with_traceback(None)
-            self._refused.append(context)
+            self._refused.append((context, task))
             if not (self._coming or self._suspended):
                 self._ask()  # it ends with this turn, however slow the disk is
 
@@ -420,7 +434,7 @@ class Recorder(Observer):
         if self._suspended or not self._touched:
             return
         while self._refused:
-            self._refuse(self._refused.popleft())
+            self._refuse(*self._refused.popleft())
         now = time.time()
         number, at_source = self._number, self._at_source
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
@@ -435,17 +449,17 @@ class Recorder(Observer):
         self._pace()
         self._keep_house()
 
-    def _refuse(self, context: Context) -> None:
-        """A context whose data cannot be encoded ends; what that touches is part of the same unit."""
+    def _refuse(self, context: Context, task: str | None) -> None:
+        """A context whose data cannot be encoded ends; what that touches is part of the same unit. task: set it."""
         entry, shell = context._entry, self._shell
         problem, entry.problem = entry.problem, None
         if problem is None or entry.over:
             return
         if context._outcome is not None:
-            entry.failed = entry.failed or failed_of("", 0, problem)
+            entry.failed = entry.failed or failed_of(task or "", 0, problem)
         elif shell is not None and context._run is not None:
             now = shell.clock()
-            shell.run.fail_context(context, problem, None, now)
+            shell.run.fail_context(context, problem, None, now, task)
             shell.run._settle_all(now)
             self._loop.call_soon(shell.pump)
 
@@ -469,18 +483,3 @@ def _nowhere(output: OutputContext) -> None:
 def _is_on_trial(context: Context) -> bool:
     entry: Entry = context._entry
     return context._outcome is None and entry.suspect and bool(context._running or context._ready)
-
-
-class WatchfulRecorder(Recorder):
-    """While the process dies again and again: a recovered context's start is committed before its function runs."""
-
-    def execution_started(self, execution: Execution, now: float) -> None:
-        """Whoever runs when the process dies is known afterwards."""
-        entry = getattr(execution.context, "_entry", None)
-        if entry is None or not entry.suspect or entry.started or self._suspended:
-            return
-        self.flush()  # a row of one context alone must not run ahead of what the same turn did to others
-        entry.started = True
-        epoch = self._shell.run.epoch if self._shell is not None else 0.0
-        self._writer.put([row_of(execution.context, self._number, self._at_source, epoch, time.time())])
-        self._writer.call(lambda _: None).result()

@@ -159,7 +159,7 @@ def _translations(
 
 
 def _differences(old: Sequence[Sequence[Any]], plan: Plan, names: TaskNames, lenient: bool) -> list[str]:
-    told = []
+    told: list[str] = []
     now = {name: (kind, set(above)) for name, kind, above in describe_plan(plan)}
     seen = set()
     for name, kind, above in old:
@@ -168,7 +168,7 @@ def _differences(old: Sequence[Sequence[Any]], plan: Plan, names: TaskNames, len
             continue
         seen.add(new)
         if new not in now:
-            told.append(f"task {new!r} is gone")
+            told.append(f"task {name!r} is gone" if new == name else f"task {name!r} cannot be {new!r}: there is none")
             continue
         was = {renamed for each in above if (renamed := names.get(each, each)) is not None}
         if now[new][0] != kind:
@@ -177,6 +177,10 @@ def _differences(old: Sequence[Sequence[Any]], plan: Plan, names: TaskNames, len
             told.append(f"task {new!r} was after {_listed(was)}, is after {_listed(now[new][1])}")
     if not lenient:
         told += [f"task {name!r} is new" for name in now if name not in seen]
+    if told:
+        of_then = {name for name, *_ in old}
+        unknown = [(name, new) for name, new in names.items() if name not in of_then]
+        told += [f"there was no task {name!r} that could be {new!r}" for name, new in unknown]
     return told
 
 
@@ -188,7 +192,8 @@ def _refuse_changed(translation: _Translation, plan: Plan) -> None:
     if translation.differences:
         raise PlanChangedError(
             f"DAG {plan.name!r} has changed since its contexts were journalled: {'; '.join(translation.differences)}. "
-            "Say what became of its tasks: recover(tasks={'old id': 'new id', 'gone': None}), {} if only new ones came",
+            "Say what became of its tasks by recover(tasks={'old id': 'new id', 'gone': None}), {} if only new "
+            "ones came; in serving, by start(tasks=...)",
             translation.differences,
         )
 

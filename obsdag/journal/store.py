@@ -357,6 +357,16 @@ class Store:
 
     # --- reading
 
+    def left(self, dags: Sequence[str]) -> int:
+        """How many contexts of these DAGs earlier sessions have left without an outcome."""
+        with self._told("read"):
+            found = self.connection.execute(
+                "SELECT count(*) FROM contexts WHERE outcome IS NULL AND key < ? AND plan IN "
+                f"(SELECT number FROM plans WHERE dag IN ({', '.join('?' * len(dags))}))",
+                (self.first_key, *dags),
+            )
+            return int(found.fetchone()[0])
+
     def rows(
         self, where: str = "1", values: Sequence[object] = (), damaged: Callable[[JournalError], None] | None = None
     ) -> Iterator[Row]:

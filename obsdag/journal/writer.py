@@ -77,7 +77,7 @@ class Writer:
         self._done = 0  # units up to this one are committed, or given up
         self._listeners: list[Listener] = []
         self._wake = threading.Condition()
-        self._closing = False
+        self._closing = self._gone = False
         self._ended: Future[None] = Future()
         self._inline = inline
         self._thread: threading.Thread | None = None
@@ -113,9 +113,14 @@ class Writer:
             self._listeners.remove(listener)
 
     def put(self, rows: Iterable[Cells]) -> int:
-        """Hands in the rows of one unit; returns its number, which `committed` will tell. Never blocks."""
+        """Hands in the rows of one unit; returns its number, which `committed` will tell. Never blocks.
+
+        Raises JournalError when the writer has ended.
+        """
         unit = {row[0]: row for row in rows}
         with self._wake:
+            if self._gone:
+                raise self._closed()
             self._number += 1
             if self.depth + len(unit) > self._inbox_rows and self._inbox:
                 _, newest = self._inbox.pop()
@@ -133,7 +138,7 @@ class Writer:
         return number
 
     def call(self, function: Callable[[Store], _T]) -> Future[_T]:
-        """Has the writer call `function(store)` after what is pending now."""
+        """Has the writer call `function(store)` after what is pending now; when it has ended, that is JournalError."""
         future = self._queue_call(function)
         if self._inline:
             self._work_off()
@@ -147,9 +152,15 @@ class Writer:
     def _queue_call(self, function: Callable[[Store], _T]) -> Future[_T]:
         future: Future[_T] = Future()
         with self._wake:
+            if self._gone:
+                future.set_exception(self._closed())
+                return future
             self._calls.append((self._number, function, future))
             self._wake.notify()
         return future
+
+    def _closed(self) -> JournalError:
+        return JournalError(f"journal {self.store.path} is closed")
 
     def end(self) -> Future[None]:
         """Has it commit what is pending and close the store; the future says when that is done. Never raises."""
@@ -158,6 +169,7 @@ class Writer:
             self._wake.notify()
         if self._inline or self._thread is None:
             self._work_off()
+            self._gone = True
             self._shut()
         return self._ended
 
@@ -175,6 +187,7 @@ class Writer:
                 while not (self._inbox or self._calls or self._closing):
                     self._wake.wait()
                 if self._closing and not self._inbox and not self._calls:
+                    self._gone = True
                     break
             self._work_off()
         self._shut()
@@ -245,6 +258,10 @@ class Writer:
         stats.written += len(rows)
         stats.commit_s += took
         stats.longest_s = max(stats.longest_s, took)
+        if not self._inbox:  # while more waits, once a second is enough: a look costs this thread the GIL
+            self._look(self.store)
+            if self.error is not None:
+                return  # nobody is told of rows that nobody will find
         for listener in list(self._listeners):
             listener.committed(last, len(rows), took)
 

@@ -151,16 +151,17 @@ class RayExecutor:
             raise _early_error(driver, result)  # type: ignore[arg-type]
         return result
 
-    async def recover(self) -> RunResult:
+    async def recover(self, tasks: Mapping[str, str | None] | None = None) -> RunResult:
         """Runs what the journal holds of this DAG without an outcome, from the beginning: shards note no progress.
 
-        Raises ConfigError without a journal, PlanChangedError, JournalError, and as `run`.
+        tasks: for a DAG that has changed: old task id -> its id now, None if the task is gone. Raises ConfigError
+        without a journal, PlanChangedError, JournalError, and as `run`.
         """
         if self.config.journal is None:
             raise ConfigError("there is nothing to recover from: set ExecutorConfig(journal=SQLiteJournal(...))")
         result = RunResult()
         async with self._driving([], result) as driver:
-            recovery = await self.config.journal.load(self.plan)
+            recovery = await self.config.journal.load(self.plan, tasks)
             driver.take_up(found(driver.recorder, recovery, self.plan))
             await self._wait(driver, result)
         if driver.early:

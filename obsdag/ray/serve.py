@@ -19,6 +19,8 @@ from obsdag.serving import Serving
 from obsdag.tickets import Ticket
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from obsdag.config import ExecutorConfig
     from obsdag.context import Context
     from obsdag.core.records import Scope
@@ -57,12 +59,15 @@ class RayServeExecutor(Serving[Driver], RayExecutor):
 
     # --- life
 
-    async def start(self) -> Self:
+    async def start(self, tasks: Mapping[str, str | None] | None = None) -> Self:
         """Connects, and starts accepting; shards start meanwhile. With a journal, what an earlier process accepted runs
-        from its beginning, with tickets. Raises ServeError if it is started, ConfigError, JournalError.
+        from its beginning, with tickets.
+
+        tasks: for a DAG that has changed, as for `recover`. Raises ServeError if it is started, ConfigError,
+        JournalError, PlanChangedError.
         """
         self._open()
-        self._durable = await Durable.of(self.config.journal, self.plan)
+        self._durable = await Durable.of(self.config.journal, self.plan, tasks)
         try:
             self._signals.take(self._signalled)
             self._fleet.enter()

@@ -311,6 +311,14 @@ EVENTS: Final = (
         "journal_recovered",
     ),
     EventSpec(
+        "journal.left",
+        "warning",
+        "an earlier process left contexts without an outcome, which this run does not take up: `recover` does; said "
+        "once while the journal is open",
+        ("contexts", "advice"),
+        "journal_left",
+    ),
+    EventSpec(
         "journal.failed",
         "error",
         "nothing more can be committed to the journal: the run ends, and what was committed is safe",

@@ -227,6 +227,9 @@ class _Warnings(Observer):
         write = self._write
         write("journal.recovered", contexts=contexts, replayed=replayed, dead_letters=dead_letters, duration_s=took_s)
 
+    def journal_left(self, contexts: int) -> None:
+        self._write("journal.left", contexts=contexts, advice="await executor.recover()")
+
     def journal_failed(self, error: BaseException) -> None:
         self._write("journal.failed", error=error)
 

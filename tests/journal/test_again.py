@@ -169,6 +169,73 @@ def test_a_ticket_ends_while_its_context_waits_for_its_trial(tmp_path: Path, how
     ]
 
 
+def test_trials_go_before_new_work(tmp_path: Path) -> None:
+    """Behind it they could wait until the process dies again, and be judged never."""
+    path = tmp_path / "j.db"
+    began: list[int] = []
+
+    async def first() -> None:
+        config = ExecutorConfig(journal=inline(path), context_worker_num=8)
+        serving = await ServeExecutor(waiting(), config=config).start()
+        for seconds in (11, 12, 13):
+            await serving.submit({"s": seconds})
+        await asyncio.sleep(1)
+        await serving.drain(0)
+
+    async def second() -> None:
+        dag = DAG("waiting")
+
+        @dag.task
+        async def begin(ctx: Context) -> Context:
+            return ctx
+
+        @dag.task(after=begin)
+        async def wait(ctx: Context) -> Context:
+            began.append(ctx["s"])
+            await asyncio.sleep(ctx["s"])
+            return ctx
+
+        config = ExecutorConfig(journal=inline(path), context_worker_num=1, debug=True, drain_grace=999)
+        async with ServeExecutor(dag, config=config) as serving:
+            for seconds in range(1, 8):
+                await serving.submit({"s": seconds})
+
+    run_virtual(first())
+    died(path, crashes=2)
+    run_virtual(second())
+    assert began[:3] == [11, 12, 13]
+    assert {row.outcome for row in outcomes(path)} == {"output"}
+
+
+def test_a_start_that_is_written_down_ends_nobody_else_in_its_middle(tmp_path: Path) -> None:
+    """Data without a form ends its context with the turn, and not in the transition of a suspect that begins."""
+    path = tmp_path / "j.db"
+
+    def dag(bad: bool) -> DAG:
+        made = DAG("two")
+
+        @made.task
+        async def first(ctx: Context) -> Context:
+            if not bad:
+                await asyncio.sleep(9)
+            elif ctx["n"] == 1:
+                ctx["thing"] = object()
+            return ctx
+
+        @made.task(after=first)
+        async def second(ctx: Context) -> Context:
+            await asyncio.sleep(1)
+            return ctx
+
+        return made
+
+    cut_off(executor(path, dag(False)), 1, [{"n": 1}, {"n": 2}, {"n": 3}])
+    died(path, crashes=0)
+    result = recovered(dag(True), path)
+    assert [(failure.context["n"], failure.task) for failure in result.failures] == [(1, "first")]
+    assert sorted(output["n"] for output in result) == [2, 3]
+
+
 # --- a journal that failed
 
 

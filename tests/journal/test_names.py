@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,40 @@ def test_a_renamed_dag_whose_tasks_were_renamed_as_well(tmp_path: Path) -> None:
         return sorted(output["n"] for output in await executor.recover(tasks={"second": "last"}))
 
     assert run_virtual(main()) == [4, 6]
+
+
+def test_serving_a_changed_dag_takes_a_mapping_of_tasks_when_it_starts(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+
+    async def first() -> None:
+        config = ExecutorConfig(journal=inline(path), context_worker_num=2)
+        serving = await ServeExecutor(plus("orders"), config=config).start()
+        await serving.submit({"n": 1}, id="one")
+        await asyncio.sleep(1.5)
+        await serving.drain(0)
+
+    new = DAG("orders")
+
+    @new.task
+    async def begin(ctx: Context) -> Context:
+        raise AssertionError("it was done")
+
+    @new.task(after=begin)
+    async def second(ctx: Context) -> Context:
+        ctx["n"] *= 2
+        return ctx
+
+    async def later() -> None:
+        config = ExecutorConfig(journal=inline(path), context_worker_num=2)
+        serving = ServeExecutor(new, config=config)
+        with pytest.raises(PlanChangedError, match=r"in serving, by start\(tasks=...\)"):
+            await serving.start()
+        await serving.start(tasks={"first": "begin"})
+        assert (await serving.ticket("one").result())["n"] == 4
+        await serving.drain()
+
+    run_virtual(first())
+    run_virtual(later())
 
 
 def test_another_dag_with_the_same_tasks_says_so(tmp_path: Path) -> None:

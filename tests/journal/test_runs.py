@@ -212,6 +212,7 @@ def test_data_that_cannot_be_encoded_ends_its_own_context(tmp_path: Path) -> Non
     assert [output["n"] for output in result] == [6]
     result = run_virtual(main(bad, [{"n": 1}, {"n": 2}]))
     assert "key 'lock' holds a asyncio.locks.Lock" in str(result.failures[0].exception)
+    assert result.failures[0].task == "spoil"
     assert len(result) == 1
     assert [outcome for outcome, _ in rows(tmp_path / "j.db")] == ["failed", "output", "failed", "output"]
 
@@ -281,6 +282,47 @@ def test_a_changed_dag_is_refused_with_its_differences(tmp_path: Path) -> None:
     )
     with pytest.raises(PlanChangedError, match="task 'first' is gone"):
         run_virtual(Executor(renamed(), config=ExecutorConfig(journal=inline(tmp_path / "j.db"))).recover({}))
+
+
+def test_a_mapping_that_names_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    interrupted(tmp_path / "j.db", plus(), 1.5)
+    executor = Executor(renamed(), config=ExecutorConfig(journal=inline(tmp_path / "j.db")))
+    with pytest.raises(PlanChangedError) as found:
+        run_virtual(executor.recover({"frist": "begin", "second": "last"}))
+    assert found.value.differences == (
+        "task 'first' is gone",
+        "task 'second' cannot be 'last': there is none",
+        "there was no task 'frist' that could be 'begin'",
+    )
+
+
+def test_what_an_earlier_process_left_is_told_once_by_a_run_that_leaves_it_alone(tmp_path: Path) -> None:
+    interrupted(tmp_path / "j.db", plus(), 1.5)
+    told: list[int] = []
+
+    class Told(Observer):
+        def journal_left(self, contexts: int) -> None:
+            told.append(contexts)
+
+    async def main() -> None:
+        config = ExecutorConfig(journal=inline(tmp_path / "j.db"), observers=[Told()])
+        async with Executor(plus(), config=config) as executor:
+            await executor.run({"n": 3})
+            await executor.run({"n": 4})
+        async with Executor(plus(), config=config) as executor, executor.stream({"n": 5}) as outputs:
+            assert [output["n"] async for output in outputs] == [12]
+        async with Executor(plus("another"), config=config) as executor:
+            await executor.run({"n": 3})
+        async with Executor(plus(), config=config) as executor:
+            going_on = asyncio.ensure_future(executor.recover())
+            await asyncio.sleep(0.5)
+            await executor.run({"n": 6})
+            assert len(await going_on) == 2
+        async with Executor(plus(), config=config) as executor:
+            await executor.run({"n": 7})
+
+    run_virtual(main())
+    assert told == [2, 2]
 
 
 def test_a_mapping_of_tasks_carries_progress_over(tmp_path: Path) -> None:

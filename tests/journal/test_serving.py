@@ -54,6 +54,17 @@ def orders() -> DAG:
     return dag
 
 
+async def test_nothing_is_accepted_by_a_journal_whose_file_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+    config = ExecutorConfig(journal=SQLiteJournal(path))
+    executor = await ServeExecutor(orders(), config=config).start()
+    await executor.submit({"n": 1})
+    path.unlink()
+    with pytest.raises(JournalError, match="removed or moved away while it was open"):
+        await executor.submit({"n": 2})
+    await executor.drain(0)
+
+
 def serving(path: Path, **settings: Any) -> ServeExecutor:
     config = ExecutorConfig(journal=inline(path), context_worker_num=8, debug=True, **settings)
     return ServeExecutor(orders(), config=config)

@@ -324,6 +324,18 @@ def test_a_call_sees_what_came_before_it(tmp_path: Path) -> None:
     writer.close()
 
 
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_writer_that_has_ended_says_so(tmp_path: Path, inline: bool) -> None:
+    writer, _ = started(tmp_path / "j.db", inline=inline)
+    writer.close()
+    with pytest.raises(JournalError, match="is closed"):
+        writer.call(Store.counts).result(20)
+    with pytest.raises(JournalError, match="is closed"):
+        writer.put([row(1)])
+    writer.close()
+    assert read(tmp_path / "j.db") == []
+
+
 def test_a_call_is_answered_however_much_comes_after_it(tmp_path: Path) -> None:
     writer, listening = started(tmp_path / "j.db")
     numbers = itertools.count(1)

@@ -70,6 +70,7 @@ def tell_everything(logs: Logs) -> None:
     run.tell("tasks_bypassed", empty, 2, run.now)
     run.tell("pool_rebuilt", "process", "killed")
     run.tell("journal_recovered", 3, 2, 1, 0.5)
+    run.tell("journal_left", 3)
     run.tell("journal_failed", OSError("the disk is full"))
     run.tell("thread_abandoned", "obsdag-thread-3", "load", 9.0)
     run.tell("task_restarted", task, "service", OSError("gone"))
