@@ -270,6 +270,7 @@ class Executor:
         finally:
             if shell in self._shells:
                 self._shells.remove(shell)
+            run.let_go_of_outputs()
             self._pools.listeners[:] = [facts for facts in self._pools.listeners if facts is not run.facts]
             result.failures, result.counts, result.stalled = list(run.failures), run.counts, run.stalls
             result.duration_s = max(end - run.first_entered, 0.0) if run.first_entered is not None else 0.0

@@ -165,6 +165,10 @@ class RunBase:
         self.visit_since = [-1.0] * (workers + 1)
         self.busy_s = [0.0] * (workers + 1)
 
+    def let_go_of_outputs(self) -> None:
+        """Keeps nothing alive that was given out: contexts refer to the run, and freeing a cycle is the collector's."""
+        self.emit = _nobody
+
     def observe(self, facts: Facts) -> None:
         """Sets who is told; before the first context enters."""
         self.facts = facts

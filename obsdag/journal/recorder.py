@@ -188,7 +188,7 @@ class Recorder(Observer):
                 self._idle = self._loop.create_future()
             await asyncio.shield(self._idle)
         self._release_held()
-        self._shell = None
+        self._shell, self._emit = None, _nowhere
         if self in self.journal.recorders:
             self.journal.recorders.remove(self)
             self._writer.leave(self)

@@ -1,0 +1,32 @@
+"""What a run gave out is freed with the result, and not by the collector (a full look at many outputs takes long)."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obsdag import DAG, Context, Executor, ExecutorConfig, SQLiteJournal
+
+
+@pytest.mark.parametrize("journalled", [False, True])
+async def test_a_result_is_freed_by_whoever_drops_it(tmp_path: Path, journalled: bool) -> None:
+    dag = DAG("one")
+
+    @dag.task
+    async def work(ctx: Context) -> Context:
+        return ctx
+
+    given: Any = SQLiteJournal(tmp_path / "j.db") if journalled else None
+    async with Executor(dag, config=ExecutorConfig(journal=given)) as executor:
+        gc.disable()
+        try:
+            result = await executor.run([{"n": 1}, {"n": 2}])
+            told = weakref.ref(result)
+            del result
+            assert told() is None
+        finally:
+            gc.enable()
