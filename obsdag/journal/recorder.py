@@ -72,7 +72,7 @@ class Recorder(Observer):
         self._sent = self._committed = 0
         self._units: deque[tuple[int, int]] = deque()  # (the writer's number, ours)
         self._news: deque[tuple[int, int, float]] = deque()  # what `committed` was told
-        self._held: deque[tuple[int, Callable[[], None] | OutputContext]] = deque()
+        self._held: deque[tuple[int, deque[Callable[[], None] | OutputContext]]] = deque()  # by the unit they wait for
         self._emit: Callable[[OutputContext], None] = _nowhere
         self._idle: asyncio.Future[None] | None = None
         self._trials: deque[list[Saved]] = deque()
@@ -212,7 +212,7 @@ class Recorder(Observer):
         """Calls back when all that has happened until now is committed, in order; or when the journal has failed."""
         wanted = self._sent + (1 if self._touched else 0)
         if self.error is None and (self._held or self._committed < wanted):
-            self._held.append((wanted, callback))
+            self._hold(wanted, callback)
             self._urgent = True
             if self._touched and not self._coming:
                 self._ask()
@@ -237,18 +237,29 @@ class Recorder(Observer):
         if self.error is not None:
             return
         if self._held or self._committed < wanted:
-            self._held.append((wanted, output))
+            self._hold(wanted, output)
         else:
             self._emit(output)
+
+    def _hold(self, wanted: int, waiting: Callable[[], None] | OutputContext) -> None:
+        held = self._held
+        if held and held[-1][0] == wanted:
+            held[-1][1].append(waiting)
+        else:
+            held.append((wanted, deque((waiting,))))
 
     def _release_held(self) -> None:
         held = self._held
         while held and (held[0][0] <= self._committed or self.error is not None):
-            _, waiting = held.popleft()
-            if not isinstance(waiting, OutputContext):
-                waiting()
-            elif self.error is None:
-                self._emit(waiting)
+            group = held[0][1]
+            while group:
+                waiting = group.popleft()
+                if not isinstance(waiting, OutputContext):
+                    waiting()
+                elif self.error is None:
+                    self._emit(waiting)
+            if held and held[0][1] is group:  # what was called may have released it all
+                held.popleft()
 
     # --- told by the writer, on its thread
 

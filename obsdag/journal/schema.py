@@ -29,9 +29,13 @@ __all__ = [
     "Row",
     "create",
     "insert_rows",
+    "is_whole",
+    "readable",
     "sealed",
+    "storable",
 ]
 
+_SURROGATES: Final = "surrogatepass"
 APPLICATION_ID: Final = 0x6F626467  # "obdg"
 VERSION: Final = 1
 
@@ -82,8 +86,36 @@ def sealed(content: Content) -> Cells:
         encoded = _encode(content)
     except UnicodeEncodeError:  # an id with half a surrogate
         key, name, *rest = content
-        encoded = _encode((key, name.encode("utf-8", "surrogatepass"), *rest))
+        encoded = _encode((key, name.encode("utf-8", _SURROGATES), *rest))
     return (*content, zlib.crc32(encoded))
+
+
+def storable(row: Cells) -> Cells:
+    """The row with an id that SQLite takes: with half a surrogate (of a file name that is not UTF-8, say), as bytes."""
+    key, name, *rest = row
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return (key, name.encode(errors=_SURROGATES), *rest)  # type: ignore[return-value] # SQLite keeps it as a blob
+    return row
+
+
+def readable(row: Row) -> Row:
+    """The row that was `storable`, with its id as text again."""
+    if not isinstance(row.id, bytes):
+        return row
+    try:
+        return row._replace(id=row.id.decode(errors=_SURROGATES))
+    except UnicodeDecodeError:  # damaged
+        return row
+
+
+def is_whole(row: Row) -> bool:
+    """Whether it matches its checksum."""
+    try:
+        return row.sum == sealed(row[:-1])[-1]
+    except (UnicodeError, AttributeError):  # where SQLite says there is text, there is none
+        return False
 
 
 COLUMNS: Final = ", ".join(Row._fields)

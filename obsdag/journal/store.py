@@ -34,7 +34,19 @@ from typing import Final, Literal
 
 from obsdag.errors import JournalError
 from obsdag.journal.access import READ_ONLY, beside, in_use, lock_for_reading, may_write
-from obsdag.journal.schema import APPLICATION_ID, COLUMNS, MIGRATIONS, VERSION, Cells, Row, create, insert_rows, sealed
+from obsdag.journal.schema import (
+    APPLICATION_ID,
+    COLUMNS,
+    MIGRATIONS,
+    VERSION,
+    Cells,
+    Row,
+    create,
+    insert_rows,
+    is_whole,
+    readable,
+    storable,
+)
 
 __all__ = ["PRUNED_AT_ONCE", "Durability", "Store"]
 
@@ -49,7 +61,6 @@ PRUNED_AT_ONCE: Final = 1_024
 _SESSION_BITS: Final = 32
 _NO_KEY: Final = (1 << 63) - 1
 _TOKEN: Final = "token."
-_SURROGATES: Final = "surrogatepass"
 
 _open_files: set[tuple[int, int]] = set()
 _open_lock = threading.Lock()
@@ -310,7 +321,7 @@ class Store:
         try:
             self._commit(self.connection, rows)
         except UnicodeEncodeError:  # an id with half a surrogate: of a file name that is not UTF-8, say
-            self._commit(self.connection, [_with_storable_id(row) for row in rows])
+            self._commit(self.connection, [storable(row) for row in rows])
 
     def _commit(self, connection: sqlite3.Connection, rows: Sequence[Cells]) -> None:
         with self._told("written"):
@@ -375,8 +386,8 @@ class Store:
         """
         with self._told("read"):
             for found in self.connection.execute(f"SELECT {COLUMNS} FROM contexts WHERE {where} ORDER BY key", values):
-                row = _with_text_id(Row._make(found))
-                if _is_whole(row):
+                row = readable(Row._make(found))
+                if is_whole(row):
                     yield row
                     continue
                 error = self.damage(row, "does not match its checksum")
@@ -469,33 +480,8 @@ def _padded(rows: Sequence[Cells]) -> Sequence[Cells]:
     return [*rows, *([rows[-1]] * (size - len(rows)))]
 
 
-def _with_storable_id(row: Cells) -> Cells:
-    key, name, *rest = row
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return (key, name.encode(errors=_SURROGATES), *rest)  # type: ignore[return-value] # SQLite keeps it as a blob
-    return row
-
-
 def _text(stored: bytes) -> str:
     return stored.decode(errors="surrogateescape")
-
-
-def _with_text_id(row: Row) -> Row:
-    if not isinstance(row.id, bytes):
-        return row
-    try:
-        return row._replace(id=row.id.decode(errors=_SURROGATES))
-    except UnicodeDecodeError:  # damaged
-        return row
-
-
-def _is_whole(row: Row) -> bool:
-    try:
-        return row.sum == sealed(row[:-1])[-1]
-    except (UnicodeError, AttributeError):  # where SQLite says there is text, there is none
-        return False
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
