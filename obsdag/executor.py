@@ -230,6 +230,8 @@ class Executor:
         facts = Facts(self._observers(shell))
         self._pools.listeners.append(facts)
         shell.begin(facts)
+        if shell.recorder is not None:
+            shell.recorder.tell_left()
 
     def _observers(self, shell: RunShell) -> list[Observer]:
         """Telemetry's observers, or, without any, those that log warnings and errors; then the user's own."""
@@ -281,10 +283,12 @@ class Executor:
             await self.config.telemetry.run_closed(run)
 
     async def _end_run(self, shell: RunShell) -> None:
-        await shell.finish_run()
-        self._shells.remove(shell)
-        if not self._kept_open and not self._shells:
-            shell.abandoned += await self._pools.close(self.config.shutdown_grace)
+        try:
+            await shell.finish_run()
+        finally:
+            self._shells.remove(shell)
+            if not self._kept_open and not self._shells:
+                shell.abandoned += await self._pools.close(self.config.shutdown_grace)
 
     def _tell_end(self, shell: RunShell, result: RunResult) -> None:
         run, now = shell.run, shell.run.clock()

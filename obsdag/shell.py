@@ -460,10 +460,12 @@ class RunShell(Mailbox):
         await self._cancel_tasks()
         await self.runners.close(self.config.shutdown_grace)
         await self._detach_limits()
-        if self.recorder is not None:
-            await self.recorder.close()
-        run.close(self.clock())
-        run.runtime._closed(run)
+        try:
+            if self.recorder is not None:
+                await self.recorder.close()
+        finally:
+            run.close(self.clock())
+            run.runtime._closed(run)
 
     async def _cancel_tasks(self) -> None:
         """Cancels what still runs, again if it is swallowed, until the grace is over (E9)."""

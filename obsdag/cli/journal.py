@@ -98,12 +98,15 @@ def show(args: argparse.Namespace) -> int:
     return damage.status
 
 
-def _of_ids(store: Store, args: argparse.Namespace) -> tuple[str, list[str]]:
+def _of_ids(store: Store, args: argparse.Namespace) -> tuple[str, list[str | bytes]]:
     """A condition for the rows of the given ids, and its values. Raises CliError for ids that are in no row."""
     where = f"id IN ({', '.join('?' * len(args.ids))})"
-    if missing := set(args.ids) - {row.id for row in store.rows(where, args.ids)}:
+    from obsdag.journal.schema import storable_id
+
+    ids = [storable_id(each) for each in args.ids]
+    if missing := set(args.ids) - {row.id for row in store.rows(where, ids)}:
         raise CliError(f"{shown(args.file)} has no context of id {', '.join(map(repr, sorted(missing)))}")
-    return where, args.ids
+    return where, ids
 
 
 def _show_counts(file: str, counts: dict[str, dict[str, int]]) -> None:
@@ -182,10 +185,17 @@ def _plain_dict(value: dict[Any, Any]) -> Any:
     plain = {}
     for key, each in value.items():
         name = _plain(key)
-        plain[name if isinstance(name, str) else str(key)] = _plain(each)
+        plain[name if isinstance(name, str) else _key_text(key)] = _plain(each)
     if len(plain) < len(value):  # keys that are alike as text
         return [[_plain(key), _plain(each)] for key, each in value.items()]
     return plain
+
+
+def _key_text(key: Any) -> str:
+    try:
+        return str(key)
+    except ValueError:  # a tuple with a whole number that Python refuses to write
+        return json.dumps(_plain(key))
 
 
 _INT64 = range(-(1 << 63), 1 << 64)

@@ -27,9 +27,9 @@ class Entry(msgspec.Struct, eq=False, gc=False):
 
     token: of the session that gave out its key. data: encoded when one of its executions finished last. crashes,
     started, suspect: see `Body`; a suspect was recovered and has made no progress since. caller: of a submission, see
-    `Body`. over: its outcome is written down. problem: why its data has no form. own_key: its idempotency key, if that
-    was asked for before. A struct, since one is made per context and C makes it seven times as fast; without cycles, so
-    that the collector need not look at it.
+    `Body`. over: its outcome is written down. problem: why its data has no form, and the task that set it. own_key: its
+    idempotency key, if that was asked for before. A struct, since one is made per context and C makes it seven times as
+    fast; without cycles, so that the collector need not look at it.
     """
 
     token: str
@@ -39,7 +39,7 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     entered: float
     data: bytes | None = None
     failed: Failed | None = None
-    problem: EncodingError | None = None
+    problem: tuple[EncodingError, str | None] | None = None
     due: float | None = None
     caller: tuple[str, dict[str, str]] | None = None
     crashes: int = 0

@@ -62,6 +62,7 @@ class SQLiteJournal:
         if self.path in ("", ":memory:") or self.path.startswith("file:"):
             what = "it is the path of a file, such as 'orders.db'; leave the journal out to keep nothing"
             raise ConfigError(f"SQLiteJournal({self.path!r}): {what}")
+        self.path = os.path.abspath(self.path)  # the same file, whatever folder the process is in later
         self.durability: Durability = durability
         self.codec = Codec(allow_pickle)
         self.keep_s, self.keep, self.max_crashes = keep_s, keep, max_crashes
@@ -181,15 +182,14 @@ class SQLiteJournal:
 
         Asked again while the journal is open it is 0: once is enough to be told of it. Raises JournalError.
         """
-        if plan.name in self._left:
-            return 0
-        self._left.add(plan.name)
-        writer = self.open_writer()
-        dags = [plan.name, *(old for old, new in self.dags.items() if new == plan.name)]
-        found = await asyncio.wrap_future(writer.call(lambda store: store.left(dags)))
-        first = writer.store.first_key
-        taken = sum(key < first for each in self.recorders if each.plan.name == plan.name for key in each.keys)
-        return found - taken
+        async with self._loading:
+            if plan.name in self._left:
+                return 0
+            dags = [plan.name, *(old for old, new in self.dags.items() if new == plan.name)]
+            taken = {key for recorder in self.recorders for key in recorder.keys}
+            found = await asyncio.wrap_future(self.open_writer().call(lambda store: store.left(dags, taken)))
+            self._left.add(plan.name)
+            return found
 
     async def load(self, plan: Plan, tasks: Mapping[str, str | None] | None = None) -> Recovery:
         """The contexts on DAGs of this name that have no outcome and are no living run's business.

@@ -68,7 +68,7 @@ class Recorder(Observer):
         self._many = self._writer.most_rows  # of them go to the writer's bounded inbox, however much that has
         self._coming = False  # `_turn_over`, before anything new
         self._urgent = False  # somebody waits for what was touched
-        self._refused: deque[tuple[Context, str | None]] = deque()  # their data has no form, and the task that set it
+        self._refused: deque[Context] = deque()  # their data has no form (`Entry.problem`)
         self._sent = self._committed = 0
         self._units: deque[tuple[int, int]] = deque()  # (the writer's number, ours)
         self._news: deque[tuple[int, int, float]] = deque()  # what `committed` was told
@@ -99,14 +99,13 @@ class Recorder(Observer):
         """Belongs to a run's shell from now on: its outputs are given out after their commit."""
         self._shell = shell
         shell.recorder = self
-        if self.left and shell.restore is None:
-            shell.restore = self._tell_left
         self._emit, shell.run.emit = shell.run.emit, self._hold_output
 
-    def _tell_left(self, now: float) -> None:
-        facts = self._facts
-        if facts is not None and facts.journal_left is not None:
-            facts.journal_left(self.left)
+    def tell_left(self) -> None:
+        """The run, which has begun, tells of `left`."""
+        tell = None if self._facts is None or not self.left else self._facts.journal_left
+        if tell is not None:
+            tell(self.left)
 
     def take_up(self, recovery: Recovery, now: float) -> None:
         """Puts the contexts of a journal into the run that begins; those that keep killing the process fail."""
@@ -408,8 +407,8 @@ class Recorder(Observer):
         try:
             entry.data = self._encode(dict(context._data))
         except EncodingError as error:
-            entry.problem = error.with_traceback(None)
-            self._refused.append((context, task))
+            entry.problem = error.with_traceback(None), task
+            self._refused.append(context)
             if not (self._coming or self._suspended):
                 self._ask()  # it ends with this turn, however slow the disk is
 
@@ -445,7 +444,10 @@ class Recorder(Observer):
         if self._suspended or not self._touched:
             return
         while self._refused:
-            self._refuse(*self._refused.popleft())
+            self._refuse(self._refused.popleft())
+        self._hand_over()
+
+    def _hand_over(self) -> None:
         now = time.time()
         number, at_source = self._number, self._at_source
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
@@ -460,12 +462,13 @@ class Recorder(Observer):
         self._pace()
         self._keep_house()
 
-    def _refuse(self, context: Context, task: str | None) -> None:
-        """A context whose data cannot be encoded ends; what that touches is part of the same unit. task: set it."""
+    def _refuse(self, context: Context) -> None:
+        """A context whose data cannot be encoded ends; what that touches is part of the same unit."""
         entry, shell = context._entry, self._shell
-        problem, entry.problem = entry.problem, None
-        if problem is None or entry.over:
+        found, entry.problem = entry.problem, None
+        if found is None or entry.over:
             return
+        problem, task = found
         if context._outcome is not None:
             entry.failed = entry.failed or failed_of(task or "", 0, problem)
         elif shell is not None and context._run is not None:

@@ -14,7 +14,7 @@ import msgspec
 
 from obsdag.errors import EncodingError, JournalError
 from obsdag.journal.codec import Body, Codec, Rare, mask_of
-from obsdag.journal.schema import Row, sealed
+from obsdag.journal.schema import Row, sealed, storable_id
 from obsdag.journal.store import Store
 
 __all__ = ["FAILED", "Retried", "describe", "records", "retry"]
@@ -85,7 +85,7 @@ def retry(store: Store, ids: Collection[str] = ()) -> Retried:
     of them had no form, which it failed by, all of them stay as they are. Ids are in order of key.
     """
     wanted = "outcome IN (?, ?)" + (f" AND id IN ({', '.join('?' * len(ids))})" if ids else "")
-    found = store.rows(f"tree IN (SELECT tree FROM contexts WHERE {wanted})", (*FAILED, *ids))
+    found = store.rows(f"tree IN (SELECT tree FROM contexts WHERE {wanted})", (*FAILED, *map(storable_id, ids)))
     rows = {row.key: row for row in found}
     chosen = [row for row in rows.values() if row.outcome in FAILED and (not ids or row.id in ids)]
     children: dict[int, list[int]] = {}

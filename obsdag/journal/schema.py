@@ -33,6 +33,7 @@ __all__ = [
     "readable",
     "sealed",
     "storable",
+    "storable_id",
 ]
 
 _SURROGATES: Final = "surrogatepass"
@@ -91,13 +92,17 @@ def sealed(content: Content) -> Cells:
 
 
 def storable(row: Cells) -> Cells:
-    """The row with an id that SQLite takes: with half a surrogate (of a file name that is not UTF-8, say), as bytes."""
-    key, name, *rest = row
+    """The row with an id that SQLite takes."""
+    return (row[0], storable_id(row[1]), *row[2:])  # type: ignore[return-value] # SQLite keeps bytes as a blob
+
+
+def storable_id(name: str) -> str | bytes:
+    """An id as SQLite takes it: with half a surrogate (of a file name that is not UTF-8, say), as bytes."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        return (key, name.encode(errors=_SURROGATES), *rest)  # type: ignore[return-value] # SQLite keeps it as a blob
-    return row
+        return name.encode(errors=_SURROGATES)
+    return name
 
 
 def readable(row: Row) -> Row:

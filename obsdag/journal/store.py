@@ -27,7 +27,7 @@ import sqlite3
 import threading
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
@@ -368,15 +368,15 @@ class Store:
 
     # --- reading
 
-    def left(self, dags: Sequence[str]) -> int:
-        """How many contexts of these DAGs earlier sessions have left without an outcome."""
+    def left(self, dags: Sequence[str], taken: Collection[int]) -> int:
+        """How many contexts of these DAGs earlier sessions have left without an outcome; `taken` keys do not count."""
         with self._told("read"):
             found = self.connection.execute(
-                "SELECT count(*) FROM contexts WHERE outcome IS NULL AND key < ? AND plan IN "
+                "SELECT key FROM contexts WHERE outcome IS NULL AND key < ? AND plan IN "
                 f"(SELECT number FROM plans WHERE dag IN ({', '.join('?' * len(dags))}))",
                 (self.first_key, *dags),
             )
-            return int(found.fetchone()[0])
+            return sum(key not in taken for (key,) in found)
 
     def rows(
         self, where: str = "1", values: Sequence[object] = (), damaged: Callable[[JournalError], None] | None = None

@@ -114,6 +114,7 @@ class Driver:
         """Starts the run on all shards of the fleet."""
         if self.recorder is not None:
             self.recorder.attach(self)
+            self.recorder.tell_left()
         self._watch_for_shards()
         if self._fleet.span is not None:
             self._fleet.fit(self._fleet.places())

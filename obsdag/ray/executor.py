@@ -145,7 +145,7 @@ class RayExecutor:
         Takes and raises what `Executor.run` does, and PoolError when no shard can be had or kept.
         """
         result = RunResult()
-        async with self._driving(input_context, result) as driver:
+        async with self._driving(input_context, result, left_alone=True) as driver:
             await self._wait(driver, result)
         if driver.early:
             raise _early_error(driver, result)  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ class RayExecutor:
 
         Whatever the number of inputs, each shard has at most `max_live_contexts` contexts and 2,000 roots that wait.
         """
-        async with self._driving(inputs, RunResult()) as driver:
+        async with self._driving(inputs, RunResult(), left_alone=True) as driver:
             driver.failures_kept = self.config.failures_kept
             outputs = RayStream(driver)
             deadline = self._arm_deadline(driver)
@@ -213,9 +213,9 @@ class RayExecutor:
             raise _early_error(driver, None)  # type: ignore[arg-type]
 
     @asynccontextmanager
-    async def _driving(self, inputs: Inputs, result: RunResult) -> AsyncIterator[Driver]:
+    async def _driving(self, inputs: Inputs, result: RunResult, *, left_alone: bool = False) -> AsyncIterator[Driver]:
         opened = open_inputs(inputs)
-        async with _journalled(self.config.journal, self.plan) as recorder:
+        async with _journalled(self.config.journal, self.plan, left_alone=left_alone) as recorder:
             self._fleet.enter()
             try:
                 driver = self._open_driver(opened)

@@ -28,7 +28,7 @@ class Feed:
         self._driver = driver
         self._room = 0
         self._wanted = asyncio.Event()
-        self._given_up = False
+        self._closing = self._given_up = False
 
     def allow(self, room: int) -> None:
         """There is room for so many items from now on."""
@@ -49,6 +49,10 @@ class Feed:
         except StopAsyncIteration:
             self.ended = True
             self._driver.pump_soon()
+        except asyncio.CancelledError:
+            if self._closing:
+                raise
+            self._driver.end_early("input", asyncio.CancelledError("the input iterator was cancelled"))
         except Exception as error:
             self._driver.end_early("input", error)
 
@@ -57,6 +61,7 @@ class Feed:
 
         Raises what closing it raises.
         """
+        self._closing = True
         end = asyncio.get_running_loop().time() + grace_s
         if self.task is not None and not await _cancelled(self.task, grace_s):
             self._given_up = True  # it runs, so it cannot be closed

@@ -208,8 +208,16 @@ def test_trials_go_before_new_work(tmp_path: Path) -> None:
 
 
 def test_a_start_that_is_written_down_ends_nobody_else_in_its_middle(tmp_path: Path) -> None:
-    """Data without a form ends its context with the turn, and not in the transition of a suspect that begins."""
+    """Data without a form ends its context with the turn, and not in the transition of a suspect that begins, whose
+    start is in the file before its function runs all the same.
+    """
     path = tmp_path / "j.db"
+    begun: list[tuple[int, bool]] = []
+
+    def is_started(ctx: Context) -> bool:
+        journal = ctx._run.config.journal  # type: ignore[union-attr]
+        (row,) = journal.writer.store.rows("id = ?", (ctx.id,))
+        return msgspec.msgpack.decode(row.body, type=Body).started
 
     def dag(bad: bool) -> DAG:
         made = DAG("two")
@@ -218,7 +226,8 @@ def test_a_start_that_is_written_down_ends_nobody_else_in_its_middle(tmp_path: P
         async def first(ctx: Context) -> Context:
             if not bad:
                 await asyncio.sleep(9)
-            elif ctx["n"] == 1:
+            begun.append((ctx["n"], is_started(ctx)))
+            if ctx["n"] == 1:
                 ctx["thing"] = object()
             return ctx
 
@@ -231,7 +240,8 @@ def test_a_start_that_is_written_down_ends_nobody_else_in_its_middle(tmp_path: P
 
     cut_off(executor(path, dag(False)), 1, [{"n": 1}, {"n": 2}, {"n": 3}])
     died(path, crashes=0)
-    result = recovered(dag(True), path)
+    result = recovered(dag(True), path, context_worker_num=8)
+    assert begun == [(1, True), (2, True), (3, True)]
     assert [(failure.context["n"], failure.task) for failure in result.failures] == [(1, "first")]
     assert sorted(output["n"] for output in result) == [2, 3]
 

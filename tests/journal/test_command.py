@@ -215,6 +215,7 @@ ODD = {
     "huge": 1 << 70,
     "longest": 10**5000,
     "alike": {1: "a", "1": "b"},
+    "long key": {(10**5000,): 1, (1, 2): 2},
 }
 
 
@@ -232,7 +233,21 @@ def test_export_is_json_for_a_strict_parser_whatever_the_data_holds(tmp_path: Pa
         "huge": str(1 << 70),
         "longest": hex(10**5000),
         "alike": [[1, "a"], ["1", "b"]],
+        "long key": {json.dumps([hex(10**5000)]): 1, "(1, 2)": 2},
     }
+
+
+def test_an_id_that_is_no_utf_8_can_be_asked_for(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "j.db")
+    store.commit([sealed((1, "half-\udcff", 1, None, 1, None, None, None, row(1)[8], None))])
+    store.close()
+    command = [sys.executable, "-m", "obsdag", "journal", "show", str(tmp_path / "j.db")]
+    found = [
+        subprocess.run([*command, each], capture_output=True, check=False) for each in (b"half-\xff", b"half-\xfe")
+    ]
+    assert [each.returncode for each in found] == [0, 2]
+    assert b"half-" in found[0].stdout
+    assert b"has no context of id" in found[1].stderr
 
 
 @pytest.mark.parametrize(("levels", "wrap"), [(190, lambda each: (each,)), (950, lambda each: {"in": each})])

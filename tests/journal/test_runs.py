@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,30 @@ def test_data_that_cannot_be_encoded_ends_its_own_context(tmp_path: Path) -> Non
     assert [outcome for outcome, _ in rows(tmp_path / "j.db")] == ["failed", "output", "failed", "output"]
 
 
+def test_data_that_two_tasks_spoil_in_one_turn_is_blamed_on_the_one_whose_key_is_told(tmp_path: Path) -> None:
+    dag = DAG("worse")
+
+    @dag.task
+    async def first(ctx: Context) -> Context:
+        ctx["bad"] = object()
+        return ctx
+
+    @dag.task(after=first)
+    async def second(ctx: Context) -> Context:
+        ctx["bad"] = None
+        ctx["worse"] = object()
+        return ctx
+
+    @dag.task(after=second)
+    async def third(ctx: Context) -> Context:
+        await asyncio.sleep(1)
+        return ctx
+
+    config = ExecutorConfig(journal=inline(tmp_path / "j.db"))
+    (failure,) = run_virtual(Executor(dag, config=config).run({})).failures
+    assert (failure.task, str(failure.exception)[:18]) == ("second", "key 'worse' holds ")
+
+
 def test_a_journal_that_fails_ends_the_run_and_gives_nothing_out(tmp_path: Path) -> None:
     async def main() -> list[Any]:
         given: list[Any] = []
@@ -323,6 +348,48 @@ def test_what_an_earlier_process_left_is_told_once_by_a_run_that_leaves_it_alone
 
     run_virtual(main())
     assert told == [2, 2]
+
+
+@contextmanager
+def busy(journal: SQLiteJournal) -> Iterator[None]:
+    """The journal's thread does nothing else until the block ends."""
+    gate = threading.Event()
+    assert journal.writer is not None
+    journal.writer.call(lambda _: gate.wait(20))
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+async def test_a_run_that_is_cancelled_while_it_asks_what_was_left_does_not_silence_the_next(tmp_path: Path) -> None:
+    await asyncio.to_thread(interrupted, tmp_path / "j.db", plus(), 1.5)
+    journal, plan = SQLiteJournal(tmp_path / "j.db", durability="process"), plus().build()
+    await journal.acquire()
+    with busy(journal):
+        asking = asyncio.ensure_future(journal.left(plan))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+    assert [await journal.left(plan), await journal.left(plan)] == [2, 0]
+    await journal.release()
+
+
+async def test_what_a_recovery_ends_while_it_is_asked_was_not_left(tmp_path: Path) -> None:
+    await asyncio.to_thread(interrupted, tmp_path / "j.db", plus(), 1.5)
+    journal, plan = SQLiteJournal(tmp_path / "j.db", durability="process"), plus().build()
+    await journal.acquire()
+    recorder = await journal.record(plan)
+    assert journal.writer is not None
+    found = journal.writer.call(lambda store: [row.key for row in store.rows("outcome IS NULL")])
+    recorder.keys.update(await asyncio.wrap_future(found))
+    with busy(journal):
+        asking = asyncio.ensure_future(journal.left(plan))
+        await asyncio.sleep(0)
+        recorder.keys.clear()
+    assert await asking == 0
+    await recorder.close()
+    await journal.release()
 
 
 def test_a_mapping_of_tasks_carries_progress_over(tmp_path: Path) -> None:

@@ -220,6 +220,37 @@ async def test_a_run_that_is_over_before_anybody_looked_says_so_too(tmp_path: Pa
         await executor(SQLiteJournal(path), single(work=trouble)).run([{}, {}])
 
 
+async def test_the_file_stays_the_same_where_the_process_changes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    journal = SQLiteJournal("j.db")
+    monkeypatch.chdir(tmp_path / "other")
+    assert len(await executor(journal).run([{}, {}])) == 2
+    assert journal.path == str(tmp_path / "j.db")
+
+    async def elsewhere(_: Context) -> None:
+        monkeypatch.chdir(tmp_path)
+
+    assert len(await executor(journal, single(work=elsewhere)).run([{}, {}])) == 2
+    assert len(outcomes(tmp_path / "j.db")) == 4
+
+
+async def test_pools_are_closed_where_the_journal_cannot_be(tmp_path: Path) -> None:
+    dag = DAG("gone")
+
+    @dag.task
+    def work(ctx: Context) -> Context:
+        return ctx
+
+    with pytest.raises(JournalError, match="removed or moved away"):
+        async with executor(SQLiteJournal(tmp_path / "j.db"), dag, task_worker_num=1).stream({}) as outputs:
+            await anext(outputs)
+            (tmp_path / "j.db").unlink()  # after the last commit
+    assert [each.name for each in threading.enumerate() if each.name.startswith("obsdag")] == []
+
+
 # --- keys
 
 

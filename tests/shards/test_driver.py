@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from opentelemetry.baggage import set_baggage
 from opentelemetry.context import attach, detach
 
-from obsdag import Context, ExecutorConfig, Telemetry
+from obsdag import Context, ExecutorConfig, Observer, Telemetry
 from obsdag.errors import NoOutputError
 from obsdag.testing import run_virtual
+from tests.journal.images import inline
 from tests.shards import dags
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'obsdag[ray]'")
@@ -75,6 +77,51 @@ async def _left(inputs: Stubborn) -> tuple[float, Driver]:
     while len(asyncio.all_tasks()) > 1:
         await asyncio.sleep(0)
     return took_s, outputs._driver
+
+
+async def _cancelling() -> AsyncIterator[dict[str, int]]:
+    yield {"x": 1}
+    lost = asyncio.ensure_future(asyncio.Event().wait())
+    lost.cancel()
+    await lost
+
+
+def test_an_input_that_is_cancelled_by_itself_ends_the_run() -> None:
+    async def main() -> None:
+        executor = RayExecutor(dags.mixed, CONFIG, shards=1)
+        cluster = nearby(executor)
+        with pytest.raises(asyncio.CancelledError, match="the input iterator was cancelled"):
+            async with asyncio.timeout(60):
+                await executor.run(_cancelling())
+        await cluster.gone()
+
+    run_virtual(main())
+
+
+def test_a_run_tells_observers_what_an_earlier_driver_left(tmp_path: Path) -> None:
+    told: list[int] = []
+
+    class Told(Observer):
+        def journal_left(self, contexts: int) -> None:
+            told.append(contexts)
+
+    async def main() -> None:
+        journal = inline(tmp_path / "j.db")
+        config = CONFIG.replace(journal=journal, observers=(Told(),))
+        executor = RayExecutor(dags.mixed, config, shards=1)
+        cluster = nearby(executor)
+        await journal.acquire()
+        recorder = await journal.record(executor.plan)
+        recorder.accepted(Context(None, {"x": 1}), 0.0)
+        await recorder.close()
+        await journal.release()
+        assert len(await executor.run([{"x": 2}])) == 1
+        assert len(await executor.recover()) == 1
+        await executor.run([{"x": 3}])
+        await cluster.gone()
+
+    run_virtual(main())
+    assert told == [1]
 
 
 def test_E9_an_input_that_swallows_its_cancellation_is_given_up_after_the_grace_and_told() -> None:
