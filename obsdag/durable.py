@@ -23,7 +23,20 @@ if TYPE_CHECKING:
     from obsdag.plan import Plan
     from obsdag.shell import RunShell
 
-__all__ = ["Durable"]
+__all__ = ["Durable", "accept"]
+
+
+def accept(recorder: Recorder, context: Context, now: float, due: float | None) -> None:
+    """A submission is accepted, with the trace of its caller. due: its deadline on the run's clock. Raises
+    EncodingError, with nothing changed.
+    """
+    caller = None
+    if context._trace is not None:  # without one nothing of telemetry is imported
+        from obsdag.telemetry.carrier import caller_of
+
+        caller = caller_of(context)
+    recorder.accepted(context, now, due)
+    context._entry.caller = caller
 
 
 class Durable:
@@ -83,17 +96,11 @@ class Durable:
 
     def accept(self, context: Context, now: float, due: float | None, reject: Callable[[str], None]) -> None:
         """A submission is accepted. due: its deadline on the run's clock. Raises EncodingError; nothing is changed."""
-        caller = None
-        if context._trace is not None:
-            from obsdag.telemetry.carrier import caller_of
-
-            caller = caller_of(context)
         try:
-            self._recorder.accepted(context, now, due)
+            accept(self._recorder, context, now, due)
         except EncodingError:
             reject("invalid")
             raise
-        context._entry.caller = caller
 
     async def committed(self, ticket: Ticket, book: TicketBook) -> None:
         """Returns when the ticket's acceptance is committed. Raises JournalError.

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.context import Context, OutputContext
+from obsdag.core.base import _nobody
 from obsdag.core.observer import Facts, Observer
 from obsdag.core.queue import CONTINUING, NEW
 from obsdag.core.restoring import Saved, restore
@@ -73,7 +74,7 @@ class Recorder(Observer):
         self._units: deque[tuple[int, int]] = deque()  # (the writer's number, ours)
         self._news: deque[tuple[int, int, float]] = deque()  # what `committed` was told
         self._held: deque[tuple[int, deque[Callable[[], None] | OutputContext]]] = deque()  # by the unit they wait for
-        self._emit: Callable[[OutputContext], None] = _nowhere
+        self._emit: Callable[[OutputContext], None] = _nobody
         self._idle: asyncio.Future[None] | None = None
         self._trials: deque[list[Saved]] = deque()
         self._tried: list[Context] = []
@@ -187,7 +188,7 @@ class Recorder(Observer):
                 self._idle = self._loop.create_future()
             await asyncio.shield(self._idle)
         self._release_held()
-        self._shell, self._emit = None, _nowhere
+        self._shell, self._emit = None, _nobody
         if self in self.journal.recorders:
             self.journal.recorders.remove(self)
             self._writer.leave(self)
@@ -322,7 +323,9 @@ class Recorder(Observer):
     # --- facts
 
     def accepted(self, context: Context, now: float, due: float | None = None) -> None:
-        """A submission is accepted, and may wait for room before it enters. Raises EncodingError."""
+        """A submission is accepted, and may wait for room before it enters. due: on the run's clock. Raises
+        EncodingError, with nothing changed.
+        """
         data = self.journal.codec.encode(context._data)
         entry = self._enter(context, "input", None, now)
         entry.data = data
@@ -488,10 +491,6 @@ class Recorder(Observer):
         if now - self._pruned > _PRUNE_S or (self._over >= PRUNED_AT_ONCE and self._pruning.done()):
             self._pruned, self._over = now, 0
             self._pruning = self._writer.call(self.journal._prune)
-
-
-def _nowhere(output: OutputContext) -> None:
-    """Where outputs go before a shell is attached."""
 
 
 def _is_on_trial(context: Context) -> bool:

@@ -11,16 +11,7 @@ if TYPE_CHECKING:
     from obsdag.journal.recover import Recovery
     from obsdag.plan import Plan
 
-__all__ = ["accept", "found"]
-
-
-def accept(recorder: Any, context: Context, now: float, due: float | None) -> None:
-    """A root is accepted; due: its deadline on the run's clock. Raises EncodingError, with nothing changed."""
-    recorder.accepted(context, now, due)
-    if context._trace is not None:
-        from obsdag.telemetry.carrier import caller_of
-
-        context._entry.caller = caller_of(context)
+__all__ = ["found"]
 
 
 def found(recorder: Any, recovery: Recovery, plan: Plan) -> list[Context]:

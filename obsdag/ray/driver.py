@@ -23,10 +23,10 @@ from obsdag.core.base import more_of
 from obsdag.core.observer import Facts
 from obsdag.core.records import Failure, Stall
 from obsdag.core.states import OUTCOMES
+from obsdag.durable import accept
 from obsdag.errors import ContextError, EncodingError, PoolError
 from obsdag.inputs import as_context
 from obsdag.pools.carry import RemoteFailure, str_of, unpack_error
-from obsdag.ray.accepted import accept
 from obsdag.ray.cluster import ShardDied, ShardRaised
 from obsdag.ray.contexts import batch_of, check_id, read
 from obsdag.ray.feed import Feed
