@@ -60,7 +60,10 @@ class Codec:
         try:
             encoded = _encode(data)
             for key, value in data.items():  # a third of the time that reading back takes
-                if type(key) is not str or (type(value) not in _SCALARS and not _is_plain_list(value)):
+                if type(key) is not str:
+                    break
+                kind = type(value)
+                if kind not in _SCALARS and not (kind is list and _SCALARS.issuperset(map(type, value))):
                     break
             else:
                 return PLAIN + encoded
@@ -152,10 +155,6 @@ class Codec:
         if code in _READERS:
             return _READERS[code](content)
         raise JournalError(f"data holds a value of type {code}, which this version of obsdag does not know")
-
-
-def _is_plain_list(value: Any) -> bool:
-    return type(value) is list and _SCALARS.issuperset(map(type, value))
 
 
 class _Obstacle(Exception):

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from obsdag.core.records import More
     from obsdag.plan import Plan
 
-__all__ = ["Entry", "describe_plan", "failed_of", "row_of"]
+__all__ = ["Entry", "describe_plan", "failed_of", "is_on_trial", "row_of"]
 
 _encode = msgspec.msgpack.Encoder().encode
 _TEXT: Final = 4_000
+_INLINE: Final = 1 << 63  # a mask below is its own packed form
 
 
 class Entry(msgspec.Struct, eq=False, gc=False):
@@ -67,20 +68,30 @@ def row_of(context: Context, plan: int, at_source: int | bytes, epoch: float, no
     ended = None
     if outcome is not None:
         ended, entry.over, entry.data = now, True, None  # nobody writes it down again
-    lend = None if more is None or more.lend is None else more.lend.index
     above = None if context._parent is None else getattr(context._parent, "_entry", None)
     parent = None if above is None else above.key
-    due = None if context._run is None else context._run.deadline_of(context)
-    common = more is None and due is None and not context._frozen
-    rare = None if common else _rare(context, more, epoch, None if due is None else due + epoch)
-    body = _encode(_body(context, entry, at_source, rare))
+    run = context._run
+    due = None if run is None else run.deadline_of(context)
+    lend = rare = None
+    if more is not None or due is not None or context._frozen:
+        lend = None if more is None or more.lend is None else more.lend.index
+        rare = _rare(context, more, epoch, None if due is None else due + epoch)
+    done = at_source if run is None else context._done if context._done < _INLINE else pack_mask(context._done)
+    body = _encode(
+        Body(
+            entry.kind,
+            entry.entered,
+            done,
+            rare,
+            entry.failed,
+            entry.own_key,
+            entry.crashes,
+            entry.started,
+            entry.due,
+            entry.caller,
+        )
+    )
     return sealed((entry.key, context.id, plan, parent, entry.tree, lend, outcome, ended, body, data))
-
-
-def _body(context: Context, entry: Entry, at_source: int | bytes, rare: Rare | None) -> Body:
-    done = at_source if context._run is None else pack_mask(context._done)
-    entered, crashes, due, caller = entry.entered, entry.crashes, entry.due, entry.caller
-    return Body(entry.kind, entered, done, rare, entry.failed, entry.own_key, crashes, entry.started, due, caller)
 
 
 def _rare(context: Context, more: More | None, epoch: float, deadline: float | None) -> Rare:
@@ -121,3 +132,9 @@ def describe_plan(plan: Plan) -> list[list[Any]]:
         [task.id, task.kind, [plan.tasks[above].id for above in plan.up_list[index]]]
         for index, task in enumerate(plan.tasks)
     ]
+
+
+def is_on_trial(context: Context) -> bool:
+    """Whether it was running when the process died, and can be running again now."""
+    entry: Entry = context._entry
+    return context._outcome is None and entry.suspect and bool(context._running or context._ready)

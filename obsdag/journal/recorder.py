@@ -28,7 +28,7 @@ from obsdag.core.queue import CONTINUING, NEW
 from obsdag.core.restoring import Saved, restore
 from obsdag.errors import EncodingError, JournalError
 from obsdag.journal.codec import pack_mask
-from obsdag.journal.entries import Entry, describe_plan, failed_of, row_of
+from obsdag.journal.entries import Entry, describe_plan, failed_of, is_on_trial, row_of
 from obsdag.journal.store import PRUNED_AT_ONCE, Store
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Recorder(Observer):
         self.plan = plan
         self.error: JournalError | None = None
         self.left = 0  # contexts of an earlier process that are nobody's business
-        self.keys: set[int] = set()  # of contexts that have no outcome and are this run's business
+        self.lasting: set[int] = set()  # keys of contexts that had no outcome when they were written down
         self._writer = journal.open_writer()
         self._token, self._encode = self._writer.store.token, journal.codec.encode
         self._at_source = pack_mask(plan.bit[plan.source])
@@ -66,7 +66,7 @@ class Recorder(Observer):
         self._shell: RunShell | None = None
         self._loop = loop if loop is not None else asyncio.get_running_loop()
         self._touched: dict[Context, None] = {}  # whoever is the first in it asks for `_turn_over`
-        self._many = self._writer.most_rows  # of them go to the writer's bounded inbox, however much that has
+        self._many = self._writer.most_rows * 7 // 8  # the turn adds some: they go to the writer, however much it has
         self._coming = False  # `_turn_over`, before anything new
         self._urgent = False  # somebody waits for what was touched
         self._refused: deque[Context] = deque()  # their data has no form (`Entry.problem`)
@@ -113,7 +113,7 @@ class Recorder(Observer):
         shell = self._shell
         assert shell is not None
         contexts = len(recovery.living)
-        self.keys.update(context._entry.key for context in recovery.living)
+        self.lasting.update(context._entry.key for context in recovery.living)
         self.journal.recovered += contexts
         calm: list[Saved] = []
         trials: dict[int, list[Saved]] = {}
@@ -155,7 +155,7 @@ class Recorder(Observer):
         They go before new work, behind which they could wait until the process dies again, and be judged never.
         """
         shell = self._shell
-        while self._trials and shell is not None and not self._suspended and not any(map(_is_on_trial, self._tried)):
+        while self._trials and shell is not None and not self._suspended and not any(map(is_on_trial, self._tried)):
             now = shell.clock()
             saved = self._trials.popleft()
             self._tried = [each.context for each in saved if each.context._outcome is None]
@@ -194,6 +194,11 @@ class Recorder(Observer):
             self._writer.leave(self)
             if self.error is None:
                 await asyncio.wrap_future(self._writer.call(Store.check_file))
+
+    @property
+    def keys(self) -> set[int]:
+        """Of contexts that have no outcome and are this run's business; most come and go between two looks."""
+        return self.lasting.union(context._entry.key for context in self._touched)
 
     @property
     def _facts(self) -> Facts | None:
@@ -403,7 +408,6 @@ class Recorder(Observer):
         context._entry = entry = Entry(self._token, key, tree, kind, now + epoch)
         if Context._keys_asked_early:
             entry.own_key = getattr(context, "_idempotency", None)
-        self.keys.add(key)
         return entry
 
     def _take_data(self, context: Context, entry: Entry, task: str | None) -> None:
@@ -456,8 +460,11 @@ class Recorder(Observer):
         epoch = self._shell.run.epoch if self._shell is not None else 0.0
         rows = [row_of(context, number, at_source, epoch, now) for context in self._touched]
         over = [row[0] for row in rows if row[6] is not None]
-        self.keys.difference_update(over)
         self._over += len(over)
+        if self.lasting:
+            self.lasting.difference_update(over)
+        if len(over) < len(rows):
+            self.lasting.update(row[0] for row in rows if row[6] is None)
         self._touched.clear()
         self._urgent = False
         self._sent += 1
@@ -491,8 +498,3 @@ class Recorder(Observer):
         if now - self._pruned > _PRUNE_S or (self._over >= PRUNED_AT_ONCE and self._pruning.done()):
             self._pruned, self._over = now, 0
             self._pruning = self._writer.call(self.journal._prune)
-
-
-def _is_on_trial(context: Context) -> bool:
-    entry: Entry = context._entry
-    return context._outcome is None and entry.suspect and bool(context._running or context._ready)

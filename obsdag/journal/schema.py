@@ -88,7 +88,7 @@ def sealed(content: Content) -> Cells:
     except UnicodeEncodeError:  # an id with half a surrogate
         key, name, *rest = content
         encoded = _encode((key, name.encode("utf-8", _SURROGATES), *rest))
-    return (*content, zlib.crc32(encoded))
+    return content + (zlib.crc32(encoded),)  # noqa: RUF005 - unpacking takes twice as long
 
 
 def storable(row: Cells) -> Cells:

@@ -4,7 +4,9 @@ A unit is the rows of one turn of the event loop: every row that the transitions
 never shows half of one. Units are committed in order, several in a group: until 256 rows are together, 2 ms have
 passed, or nothing else is pending; of several rows of one context only the latest is written. While more is pending
 than that, a group is up to four times as large: a busy event loop gives this thread the GIL only every 5 ms, once per
-commit.
+commit, and each look for I/O begins the 5 ms anew. So whoever puts as much as a group gives it away for a moment: this
+thread ends its last commit and begins the next, which then goes on beside the loop (without that it began when the
+inbox was full and the loop at rest, and a run took a tenth longer).
 
 Who may do what: `put`, `call` and `close` from any thread. The inbox is bounded: beyond `inbox_rows`, `behind` says so,
 for whoever can take less work in, and what comes is merged into the newest unit, so that it holds a row per context at
@@ -31,6 +33,8 @@ __all__ = ["Listener", "Writer", "WriterStats"]
 
 _T = TypeVar("_T")
 _PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+_GIL_S = 3e-5
+"""Time for another thread to wake up and take the GIL: 10 us were too few on two cores, 300 no better."""
 
 
 class Listener(Protocol):
@@ -113,7 +117,7 @@ class Writer:
             self._listeners.remove(listener)
 
     def put(self, rows: Iterable[Cells]) -> int:
-        """Hands in the rows of one unit; returns its number, which `committed` will tell. Never blocks.
+        """Hands in the rows of one unit; returns its number, which `committed` will tell. Never waits for the disk.
 
         Raises JournalError when the writer has ended.
         """
@@ -135,6 +139,8 @@ class Writer:
             number = self._number
         if self._inline:
             self._work_off()
+        elif len(unit) >= self._group_rows:
+            time.sleep(_GIL_S)
         return number
 
     def call(self, function: Callable[[Store], _T]) -> Future[_T]:
@@ -227,13 +233,15 @@ class Writer:
             future.set_exception(error)
 
     def _gather(self) -> tuple[int, dict[int, Cells]]:
-        """Whole units: until there are rows enough, the time is over, or nothing else is pending."""
+        """Whole units: until there are rows enough, the time is over, or nothing else is pending. Where one more would
+        be too many for one statement it is left: a second one would ask for the GIL four times more.
+        """
         end = time.monotonic() + self._group_s
         group: dict[int, Cells] = {}
         last = 0
         while True:
             with self._wake:
-                if not self._inbox:
+                if not self._inbox or (group and len(group) + len(self._inbox[0][1]) > self.most_rows):
                     return last, group
                 last, unit = self._inbox.popleft()
                 self.depth -= len(unit)

@@ -33,7 +33,7 @@ def found(recorder: Any, recovery: Recovery, plan: Plan) -> list[Context]:
         from obsdag.telemetry.carrier import restore_callers
 
         restore_callers(contexts)
-    recorder.keys.update(context._entry.key for context in contexts)
+    recorder.lasting.update(context._entry.key for context in contexts)
     recorder.journal.recovered += len(contexts)
     recorder.journal.replayed += len(contexts)
     return contexts

@@ -382,11 +382,11 @@ async def test_what_a_recovery_ends_while_it_is_asked_was_not_left(tmp_path: Pat
     recorder = await journal.record(plan)
     assert journal.writer is not None
     found = journal.writer.call(lambda store: [row.key for row in store.rows("outcome IS NULL")])
-    recorder.keys.update(await asyncio.wrap_future(found))
+    recorder.lasting.update(await asyncio.wrap_future(found))
     with busy(journal):
         asking = asyncio.ensure_future(journal.left(plan))
         await asyncio.sleep(0)
-        recorder.keys.clear()
+        recorder.lasting.clear()
     assert await asking == 0
     await recorder.close()
     await journal.release()

@@ -313,6 +313,22 @@ def test_units_are_committed_whole_and_in_order(tmp_path: Path) -> None:
     assert read(tmp_path / "j.db") == list(range(1, 12))
 
 
+def test_a_group_of_whole_units_is_one_statement_where_it_can_be(tmp_path: Path) -> None:
+    writer, listening = started(tmp_path / "j.db", group_rows=4)
+    sizes = []
+    commit = writer.store.commit
+    writer.store.commit = lambda rows: (sizes.append(len(rows)), commit(rows))[1]  # type: ignore[method-assign]
+    held = threading.Event()
+    writer.call(lambda _: held.wait(10))
+    for first in (10, 20, 40, 60, 90):  # 10, 10, 3, 20 and 1 rows; a group has 16 at most while many wait
+        writer.put([row(key) for key in range(first, first + {40: 3, 60: 20, 90: 1}.get(first, 10))])
+    held.set()
+    writer.close()
+
+    assert sizes == [10, 13, 20, 1]
+    assert len(read(tmp_path / "j.db")) == 44
+
+
 def test_a_call_sees_what_came_before_it(tmp_path: Path) -> None:
     writer, _ = started(tmp_path / "j.db")
     held = threading.Event()
