@@ -72,14 +72,16 @@ class Progress(Lending):
             self._work.append(context)
 
     def _count(self, execution: Execution, outcome: str, error: BaseException | None, now: float) -> None:
-        """Counts an execution that has ended, and tells of it unless nobody wants to know (`Observer.quick_s`)."""
+        """Counts an execution that has ended, and tells those who want to know (`Observer.quick_s`)."""
         index, took_s = execution.index, now - execution.started
-        if took_s < self.facts.quick_s and outcome == "success" and not execution.watched:
-            self.quick_executions[index] += 1
-            self.quick_seconds[index] += took_s
-            return
         if self.keeping:
             self._keep_record(execution)
+        if took_s < self.facts.skip_s and outcome == "success" and not execution.watched:
+            self.quick_executions[index] += 1
+            self.quick_seconds[index] += took_s
+            if self.facts.to_every is not None:
+                self.facts.to_every(execution, outcome, error, now)
+            return
         self.told_executions[index] += 1
         self.told_seconds[index] += took_s
         if self.facts.execution_finished is not None:

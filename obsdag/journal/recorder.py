@@ -23,18 +23,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from obsdag.context import Context, OutputContext
 from obsdag.core.base import _nobody
-from obsdag.core.observer import Facts, Observer
-from obsdag.core.queue import CONTINUING, NEW
-from obsdag.core.restoring import Saved, restore
+from obsdag.core.observer import Observer
 from obsdag.errors import EncodingError, JournalError
 from obsdag.journal.codec import pack_mask
-from obsdag.journal.entries import Entry, describe_plan, failed_of, is_on_trial, row_of
+from obsdag.journal.entries import Entry, describe_plan, failed_of, row_of
+from obsdag.journal.restorer import Restorer
 from obsdag.journal.store import PRUNED_AT_ONCE, Store
 
 if TYPE_CHECKING:
     from obsdag.core.records import Execution, Failure, Stall
     from obsdag.journal.journal import SQLiteJournal
-    from obsdag.journal.recover import Recovery
     from obsdag.plan import Plan
     from obsdag.shell import RunShell
 
@@ -47,24 +45,21 @@ _UNDER_WAY: Final = 2
 """Units at the writer's: one that it commits, and one that it goes on with."""
 
 
-class Recorder(Observer):
+class Recorder(Restorer):
     """One per run. Everything here happens on the run's thread, except `committed` and `failed`.
 
     loop: whose turns make units; None: the running one.
     """
 
     def __init__(self, journal: SQLiteJournal, plan: Plan, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self.journal = journal
+        super().__init__(journal, loop)
         self.plan = plan
         self.error: JournalError | None = None
         self.left = 0  # contexts of an earlier process that are nobody's business
-        self.lasting: set[int] = set()  # keys of contexts that had no outcome when they were written down
         self._writer = journal.open_writer()
         self._token, self._encode = self._writer.store.token, journal.codec.encode
         self._at_source = pack_mask(plan.bit[plan.source])
         self._number = 0  # of the plan
-        self._shell: RunShell | None = None
-        self._loop = loop if loop is not None else asyncio.get_running_loop()
         self._touched: dict[Context, None] = {}  # whoever is the first in it asks for `_turn_over`
         self._many = self._writer.most_rows * 7 // 8  # the turn adds some: they go to the writer, however much it has
         self._coming = False  # `_turn_over`, before anything new
@@ -76,10 +71,7 @@ class Recorder(Observer):
         self._held: deque[tuple[int, deque[Callable[[], None] | OutputContext]]] = deque()  # by the unit they wait for
         self._emit: Callable[[OutputContext], None] = _nobody
         self._idle: asyncio.Future[None] | None = None
-        self._trials: deque[list[Saved]] = deque()
-        self._tried: list[Context] = []
-        self._moved: set[Context] = set()  # see Recovery; each is written down when it is in the run
-        self._suspended = self._slowed = self._restoring = self._lived = False
+        self._slowed = self._lived = False
         self._over = 0  # contexts that ended since it was pruned
         self._pruning: Future[None] = Future()
         self._pruning.set_result(None)
@@ -107,69 +99,6 @@ class Recorder(Observer):
         tell = None if self._facts is None or not self.left else self._facts.journal_left
         if tell is not None:
             tell(self.left)
-
-    def take_up(self, recovery: Recovery, now: float) -> None:
-        """Puts the contexts of a journal into the run that begins; those that keep killing the process fail."""
-        shell = self._shell
-        assert shell is not None
-        contexts = len(recovery.living)
-        self.lasting.update(context._entry.key for context in recovery.living)
-        self.journal.recovered += contexts
-        calm: list[Saved] = []
-        trials: dict[int, list[Saved]] = {}
-        for saved in recovery.on_clock(shell.run.epoch):
-            tree = saved.context._entry.tree
-            trials.setdefault(tree, []).append(saved) if tree in recovery.suspects else calm.append(saved)
-        self._trials.extend(trials.values())
-        self._moved = recovery.moved
-        self._restore(shell, calm, now, NEW)
-        for context in recovery.culprits:
-            if context._outcome is not None:
-                continue  # it ended with one above it
-            times = context._entry.crashes
-            error = JournalError(f"context {context.id!r} was running {times} times in a row when the process died")
-            shell.run.fail_context(context, error, None, now)
-            self.journal.dead_letters += 1
-        shell.run._settle_all(now)
-        replayed = sum(getattr(context, "_ready", 0).bit_count() for context in recovery.living)
-        self.journal.replayed += replayed
-        facts = shell.run.facts
-        if contexts and facts.journal_recovered is not None:
-            took_s = recovery.took_s + shell.clock() - now
-            facts.journal_recovered(contexts, replayed, len(recovery.culprits), took_s)
-        self._next_trial()
-
-    def _restore(self, shell: RunShell, saved: list[Saved], now: float, lane: int) -> None:
-        self._restoring = True
-        try:
-            restore(shell.run, saved, now, lane)
-        finally:
-            self._restoring = False
-        for context in [each.context for each in saved if each.context in self._moved] if self._moved else ():
-            self._moved.remove(context)
-            self._touch(context)
-
-    def _next_trial(self) -> None:
-        """Trees of which one was running when the process died, repeatedly, go on one by one: the innocent are cleared.
-
-        They go before new work, behind which they could wait until the process dies again, and be judged never.
-        """
-        shell = self._shell
-        while self._trials and shell is not None and not self._suspended and not any(map(is_on_trial, self._tried)):
-            now = shell.clock()
-            saved = self._trials.popleft()
-            self._tried = [each.context for each in saved if each.context._outcome is None]
-            self._restore(shell, saved, now, CONTINUING)
-            shell.run.dirty = True
-            self._loop.call_soon(shell.pump)
-
-    def end_trial(self, context: Context, now: float) -> None:
-        """A tree that waits for its trial enters, only to end: its ticket's deadline has passed, or it is cancelled."""
-        for saved in self._trials:
-            if saved[0].context._entry.tree == context._entry.tree and self._shell is not None:
-                self._trials.remove(saved)
-                self._restore(self._shell, saved, now, CONTINUING)
-                return
 
     def suspend(self) -> None:
         """The run ends early: what it has reached is written down, what ends from here on is not."""
@@ -199,10 +128,6 @@ class Recorder(Observer):
     def keys(self) -> set[int]:
         """Of contexts that have no outcome and are this run's business; most come and go between two looks."""
         return self.lasting.union(context._entry.key for context in self._touched)
-
-    @property
-    def _facts(self) -> Facts | None:
-        return None if self._shell is None else self._shell.run.facts
 
     # --- what others wait for
 
@@ -241,8 +166,11 @@ class Recorder(Observer):
         wanted = self._sent + (1 if self._touched else 0)
         if self.error is not None:
             return
-        if self._held or self._committed < wanted:
-            self._hold(wanted, output)
+        held = self._held
+        if held and held[-1][0] == wanted:
+            held[-1][1].append(output)
+        elif held or self._committed < wanted:
+            held.append((wanted, deque((output,))))
         else:
             self._emit(output)
 
@@ -344,8 +272,15 @@ class Recorder(Observer):
             return
         if (context._scope is not None or self._restoring) and hasattr(context, "_entry"):
             return  # a submission, or one of an earlier process; asking each context takes 0.4 us
-        self._take_data(context, self._enter(context, kind, maker, now), None if maker is None else maker.task.id)
-        self._touch(context)
+        entry = self._enter(context, kind, maker, now)
+        try:  # `_take_data` and `_touch` written out, here and below: a call each per context
+            entry.data = self._encode(context._data.copy())
+        except EncodingError as error:
+            self._no_form(context, entry, error, None if maker is None else maker.task.id)
+        touched = self._touched
+        if (not touched or len(touched) == self._many) and not self._coming:
+            self._ask()
+        touched[context] = None
 
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
         """A context has its outcome."""
@@ -380,7 +315,10 @@ class Recorder(Observer):
             return
         entry = context._entry
         if outcome == "success":
-            self._take_data(context, entry, execution.task.id)
+            try:
+                entry.data = self._encode(context._data.copy())
+            except EncodingError as error:
+                self._no_form(context, entry, error, execution.task.id)
             if entry.suspect:
                 entry.suspect = entry.started = False
                 entry.crashes = 0
@@ -410,14 +348,17 @@ class Recorder(Observer):
             entry.own_key = getattr(context, "_idempotency", None)
         return entry
 
+    def _no_form(self, context: Context, entry: Entry, error: EncodingError, task: str | None) -> None:
+        entry.problem = error.with_traceback(None), task
+        self._refused.append(context)
+        if not (self._coming or self._suspended):
+            self._ask()  # it ends with this turn, however slow the disk is
+
     def _take_data(self, context: Context, entry: Entry, task: str | None) -> None:
         try:
-            entry.data = self._encode(dict(context._data))
+            entry.data = self._encode(context._data.copy())
         except EncodingError as error:
-            entry.problem = error.with_traceback(None), task
-            self._refused.append(context)
-            if not (self._coming or self._suspended):
-                self._ask()  # it ends with this turn, however slow the disk is
+            self._no_form(context, entry, error, task)
 
     def _touch(self, context: Context) -> None:
         if self._suspended or context._entry.over:

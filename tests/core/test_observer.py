@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from inspect import signature
 from typing import Any, ClassVar
 
 import pytest
 
 from obsdag import DAG, Context, Executor, ExecutorConfig, Observer, RateLimit, RunResult, Telemetry
+from obsdag.core.observer import FACTS, Facts
 from obsdag.core.records import Execution
 from obsdag.core.state import RunState
 from obsdag.core.states import STATES
@@ -133,11 +135,9 @@ def test_who_wants_slow_ends_only_is_told_of_those_of_failures_and_of_what_it_wa
     assert result.counts["output"] == 3
 
 
-def test_who_wants_all_ends_is_told_of_all_beside_one_that_does_not() -> None:
+def test_who_wants_all_waits_has_the_others_told_of_all() -> None:
     everything, slow = Ends(), SlowEnds()
     ends_of(everything, slow)
-    assert everything.ends == slow.ends
-    assert len(everything.ends) == 8
     assert len(everything.waits) == len(slow.waits) == 4
 
 
@@ -236,3 +236,54 @@ def test_an_observer_need_not_be_one_by_its_class() -> None:
     duck: Any = Duck()
     ends_of(duck)
     assert duck.started == 8
+
+
+def test_who_wants_all_ends_does_not_have_the_others_told_of_quick_ones() -> None:
+    all_ends, slow = Ends(), SlowEnds()
+    ends_of(all_ends, slow)
+
+    assert sorted(all_ends.ends) == sorted(
+        [
+            *(("first", n, "success") for n in range(4)),
+            *(("second", n, "success") for n in range(3)),
+            ("second", 3, "error"),
+        ]
+    )
+    assert slow.ends == [("second", 2, "success"), ("second", 3, "error")]
+    assert slow.run is not None
+    assert slow.run.told_executions[1:3] == [0, 2]
+    assert slow.run.quick_executions[1:3] == [4, 2]
+
+
+def test_who_fails_at_a_quick_end_is_not_told_again_and_the_others_are() -> None:
+    class Fails(Ends):
+        def execution_finished(
+            self, execution: Execution, outcome: str, error: BaseException | None, now: float
+        ) -> None:
+            self.ends.append((execution.task.id, execution.context["n"], outcome))
+            raise RuntimeError("a bug")
+
+    fails, all_ends, slow = Fails(), Ends(), SlowEnds()
+    ends_of(fails, all_ends, slow)
+
+    assert len(fails.ends) == 1
+    assert len(all_ends.ends) == 8
+    assert slow.ends == [("second", 2, "success"), ("second", 3, "error")]
+
+
+@pytest.mark.parametrize("fact", sorted(set(FACTS) - {"observer_failed"}))
+def test_after_one_that_raises_the_next_is_told_the_same(fact: str) -> None:
+    told: list[tuple[Any, ...]] = []
+
+    def fails(self: Observer, *facts: Any) -> None:
+        raise RuntimeError("a bug")
+
+    first = type("First", (Observer,), {fact: fails})()
+    second = type("Second", (Observer,), {fact: lambda self, *given: told.append(given)})()
+    given = tuple(object() for _ in list(signature(getattr(Observer, fact)).parameters)[1:])
+    facts = Facts([first, second])
+    getattr(facts, fact)(*given)
+    getattr(facts, fact)(*given)
+
+    assert told == [given, given]
+    assert facts.failures == 1

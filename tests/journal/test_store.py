@@ -314,7 +314,7 @@ def test_units_are_committed_whole_and_in_order(tmp_path: Path) -> None:
 
 
 def test_a_group_of_whole_units_is_one_statement_where_it_can_be(tmp_path: Path) -> None:
-    writer, listening = started(tmp_path / "j.db", group_rows=4)
+    writer, _ = started(tmp_path / "j.db", group_rows=4)
     sizes = []
     commit = writer.store.commit
     writer.store.commit = lambda rows: (sizes.append(len(rows)), commit(rows))[1]  # type: ignore[method-assign]

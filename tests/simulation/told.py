@@ -169,7 +169,7 @@ class Told(Observer):
 
     def _quick(self, fact: tuple[Any, ...], now: float, facts: Facts) -> bool:
         if fact[0] == "execution_finished":
-            quick: bool = fact[2] == "success" and now - fact[1].started < facts.quick_s
+            quick: bool = fact[2] == "success" and now - fact[1].started < facts.skip_s
             self.running -= {fact[1]} if quick else set()
             return quick
         return bool(fact[0] == "visit_started" and fact[3] < facts.quick_wait_s)
