@@ -345,8 +345,6 @@ class RunShell(Mailbox):
         """Retries by the task's policy, or fails the context (E6)."""
         delay, error = self._retry_delay(execution, error)
         self.run.fail(execution, error, self.clock(), delay)
-        if delay is None and self.config.on_failure == "raise" and self.run.failures_total:
-            self.end_early("failure", None)
         if self.run.dirty:
             self.pump()
 
@@ -391,6 +389,8 @@ class RunShell(Mailbox):
         """Cancels, closes and arms what the last transitions ask for, and wakes a worker if there is work."""
         run = self.run
         run.dirty = False
+        if run.failures_total and self.config.on_failure == "raise":
+            self.end_early("failure", None)
         while run.cancels:
             execution = run.cancels.pop()
             if execution.handle is not None:

@@ -385,6 +385,8 @@ class Lifecycle(RunBase):
         if context._scope is not None:
             context._scope.failures.append(failure)
         self.failures_total += 1
+        if self.config.on_failure == "raise":
+            self.dirty = True
         if self.kind == "run" or len(self.failures) < self.config.failures_kept:
             self.failures.append(failure)
         else:

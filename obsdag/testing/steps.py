@@ -319,8 +319,6 @@ class Steps:
         delay, error = self._retry_delay(execution, error)
         self.run.fail(execution, error, self.now, delay)
         self.told("fail", execution, error, delay)
-        if delay is None and self.config.on_failure == "raise" and self.run.failures_total:
-            self._end_early("failure")
 
     def _retry_delay(self, execution: Execution, error: BaseException) -> tuple[float | None, BaseException]:
         config = execution.task.config
@@ -399,6 +397,8 @@ class Steps:
     def _pump(self) -> None:
         run = self.run
         run.dirty = False
+        if run.failures_total and self.config.on_failure == "raise":
+            self._end_early("failure")
         while run.cancels:
             execution = run.cancels.pop()
             if execution.handle is not None:

@@ -25,6 +25,7 @@ from obsdag import (
     JournalError,
     Observer,
     PlanChangedError,
+    RunFailed,
     SQLiteJournal,
 )
 from obsdag.journal.codec import Body, Codec
@@ -163,6 +164,27 @@ async def test_data_without_a_form_ends_its_context_however_slow_the_disk_is(
     assert sorted(seen) == [0, 2, 3]
     assert [type(failure.exception) for failure in result.failures] == [EncodingError]
     assert sorted(output["n"] for output in result) == [0, 2, 3]
+
+
+def test_on_failure_raise_ends_a_run_by_data_without_a_form(tmp_path: Path) -> None:
+    dag = DAG("raise")
+
+    @dag.task
+    async def work(ctx: Context) -> Context:
+        await asyncio.sleep(ctx["n"])
+        return ctx
+
+    async def main(**settings: Any) -> Any:
+        config = ExecutorConfig(4, journal=inline(tmp_path / "j.db"), debug=True, **settings)
+        return await Executor(dag, config=config).run([{"n": 1}, {"n": 100}, {"n": 2, "x": object()}])
+
+    with pytest.raises(RunFailed) as caught:
+        run_virtual(main(on_failure="raise"))
+    assert [type(error) for error in caught.value.exceptions] == [EncodingError]
+    assert caught.value.result is not None
+    assert caught.value.result.counts["failed"] == 1
+    result = run_virtual(Executor(dag, config=ExecutorConfig(journal=inline(tmp_path / "j.db"))).recover())
+    assert [output["n"] for output in result] == [1, 100]  # what was cancelled is taken up
 
 
 async def test_recovering_needs_a_journal() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from obsdag import DAG, Context, ContextPriority, ContextQueue, Failure, RateLimit, RunFailed
 from obsdag.core.states import OUTCOMES
+from obsdag.errors import DeadlineExceeded
 from tests.rules.helpers import assert_counts
 from tests.rules.virtual import Ends, EndTurns, Held, assert_clean, execute, make, now, passing, virtual, virtual_loop
 
@@ -373,6 +374,26 @@ async def test_E6_on_failure_raise_ends_the_run_with_an_exception_group(kind: st
     assert [failure.exception for failure in result.failures] == [error]
     assert result.counts["entered"] == sum(result.counts[name] for name in OUTCOMES)
     assert executor.stats()["living"] == 0
+
+
+@virtual
+async def test_E6_on_failure_raise_ends_the_run_by_a_deadline_of_a_context() -> None:
+    dag = DAG()
+
+    @dag.task
+    async def work(ctx: Context) -> Context:
+        await asyncio.sleep(ctx["for_s"])
+        return ctx
+
+    executor = make(dag, 4, on_failure="raise", context_deadline=5.0)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(RunFailed) as caught:
+        await executor.run([{"for_s": seconds} for seconds in (1.0, 7.0, 100.0)])
+    assert asyncio.get_running_loop().time() - began == 5.0
+    assert isinstance(caught.value.exceptions[0], DeadlineExceeded)
+    assert caught.value.result is not None
+    assert caught.value.result.counts["output"] == 1
+    assert_clean()
 
 
 @virtual
