@@ -50,6 +50,6 @@ def open_inputs(inputs: Inputs) -> Iterator[Any] | AsyncIterator[Any]:
         )
     if isinstance(inputs, list | tuple):
         for item in inputs:
-            if isinstance(item, Context) or not isinstance(item, Mapping):
+            if type(item) is not dict and (isinstance(item, Context) or not isinstance(item, Mapping)):
                 as_context(item)
     return iter(inputs)

@@ -280,8 +280,9 @@ class Lifecycle(RunBase):
             self._forget_deadline(context)
         if context._more is not None:
             self._close_more(context, outcome, now)
-        if self.recording and context._ledger is not None:
-            context._maker = self.cause or context._maker
+        # Asked for None here and where a branch ends: tracing's executions are mappings, whose truth is a call.
+        if self.recording and context._ledger is not None and self.cause is not None:
+            context._maker = self.cause
         if self.facts.context_finished is not None:
             self.facts.context_finished(context, outcome, now)
         if output is not None:

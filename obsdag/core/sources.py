@@ -268,7 +268,8 @@ class Sources(Joins):
         if lend is None:
             return
         lend.living -= 1
-        lend.latest = self.cause or context._maker or lend.latest
+        latest = self.cause if self.cause is not None else context._maker
+        lend.latest = latest if latest is not None else lend.latest
         lend.outcomes[outcome] = lend.outcomes.get(outcome, 0) + 1
         if outcome == "failed" and lend.failed is None:
             lend.failed = context._error
