@@ -23,7 +23,7 @@ from obsdag.core.states import LANES, State
 from obsdag.telemetry.attach import current, make_current
 from obsdag.telemetry.carrier import Caller, without_span
 from obsdag.telemetry.executions import TracedExecution, record_of, span_of
-from obsdag.telemetry.keeping import LOW_BITS, Keeper
+from obsdag.telemetry.keeping import BLOCK, IN_TURN, LOW_BITS, Keeper
 from obsdag.telemetry.materialize import MAX_LINKS, build_run_span, error_text
 from obsdag.telemetry.records import (
     ContextTrace,
@@ -167,12 +167,20 @@ class DeferredTracer(Keeper):
             and root.open == 1
             and root.more is None
             and (root.trace_id & LOW_BITS) >= self._bound
-            and root.decision is None
             and not (context._executions or self._pulls or self._quantile)
             and outcome != "cancelled"
             and (self._slow_s is None or now - root.entered <= self._slow_s)
-            and self._drop(root)
+            and (IN_TURN or not self._hunts)
+            and root.decision is None
         ):
+            root.decision = "dropped"  # `_drop` written out, where it has no lock to take
+            self._dropped[0] += 1
+            if not self._dropped[0] % BLOCK:
+                self._now_and_then()
+            self.room += len(root.records) + 1
+            root.records.clear()
+            if self.room > 2 * BLOCK:
+                self._give_back()
             root.open = 0
             root.last = None
             over, self._over = self._over, context

@@ -45,7 +45,8 @@ __all__ = ["Keeper"]
 BLOCK: Final = 256
 """Buffer places that a run takes at a time."""
 LOW_BITS: Final = (1 << 64) - 1
-_IN_TURN: Final = getattr(sys, "_is_gil_enabled", bool)() or not hasattr(sys, "_is_gil_enabled")
+IN_TURN: Final = getattr(sys, "_is_gil_enabled", bool)() or not hasattr(sys, "_is_gil_enabled")
+"""Whether nobody else decides between two steps without a call between them, as with the GIL."""
 
 
 class Keeper(Observer):
@@ -167,8 +168,7 @@ class Keeper(Observer):
     def _drop(self, root: RootTrace) -> bool:
         """Forgets an undecided trace; False if the hunt for slow ones has kept it a moment ago."""
         more = root.more
-        if more is None and (_IN_TURN or not self._hunts):
-            # No call between these two, so that with the GIL nobody else decides in between.
+        if more is None and (IN_TURN or not self._hunts):
             if root.decision is not None:
                 return False
             root.decision = "dropped"
@@ -189,9 +189,12 @@ class Keeper(Observer):
         self.room += len(root.records) + 1
         root.records.clear()
         if self.room > 2 * BLOCK:
-            self._pipeline.give_places(self.room - BLOCK)
-            self.room = BLOCK
+            self._give_back()
         return True
+
+    def _give_back(self) -> None:
+        self._pipeline.give_places(self.room - BLOCK)
+        self.room = BLOCK
 
     def _now_and_then(self) -> None:
         """Called once in many dropped roots."""
