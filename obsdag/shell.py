@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunShell"]
 
-_RECANCEL_S = 0.05  # how often a cancellation that was swallowed is asked for again
+CANCELS = 4  # within the grace; not at once again, which would cut off the clean-up that the first one began
 _WOKEN_PER_ROUND = 8  # workers: were it all, 64 that never wait would cost a fifth more; were it one, those that wait
 
 
@@ -478,7 +478,7 @@ class RunShell(Mailbox):
             if left <= 0:
                 self._abandon(pending)
                 return
-            await asyncio.wait(pending, timeout=min(left, _RECANCEL_S))
+            await asyncio.wait(pending, timeout=min(left, self.config.shutdown_grace / CANCELS))
 
     def _abandon(self, pending: list[asyncio.Task[None]]) -> None:
         now = self.clock()

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from obsdag.shell import CANCELS
+
 if TYPE_CHECKING:
     from obsdag.ray.driver import Driver
 
 __all__ = ["Feed"]
 
-_RECANCEL_S = 0.05  # how often a cancellation that was swallowed is asked for again
+_LEAST_S = 0.05  # for what is to end without a grace
 
 
 class Feed:
@@ -69,9 +71,9 @@ class Feed:
         if self.ended or not hasattr(self._inputs, "aclose"):
             return []
         closing = asyncio.get_running_loop().create_task(_itself(self._inputs.aclose()))
-        await asyncio.wait([closing], timeout=max(end - asyncio.get_running_loop().time(), _RECANCEL_S))
+        await asyncio.wait([closing], timeout=max(end - asyncio.get_running_loop().time(), _LEAST_S))
         if not closing.done():
-            await _cancelled(closing, _RECANCEL_S)
+            await _cancelled(closing, _LEAST_S)
             return ["the input did not close within the grace"]
         if not closing.cancelled():
             closing.result()
@@ -80,11 +82,10 @@ class Feed:
 
 async def _cancelled(task: asyncio.Task[None], grace_s: float) -> bool:
     """Cancels it, again if that is swallowed, until the grace is over (E9); whether it has ended."""
-    left = max(grace_s, _RECANCEL_S)
-    while not task.done() and left > 0.0:
-        task.cancel()
-        await asyncio.wait([task], timeout=min(left, _RECANCEL_S))
-        left -= _RECANCEL_S
+    for _ in range(CANCELS):
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=max(grace_s, _LEAST_S) / CANCELS)
     return task.done()
 
 

@@ -510,6 +510,34 @@ async def test_E9_an_execution_that_swallows_its_cancellation_is_cancelled_again
 
 
 @virtual
+async def test_E9_what_cleans_up_for_a_while_is_not_cancelled_again() -> None:
+    dag, cleaned = DAG(), []
+
+    @dag.task
+    async def transaction(ctx: Context) -> Context:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            await asyncio.sleep(1.0)  # a rollback
+            cleaned.append("task")
+        return ctx
+
+    async def inputs() -> AsyncIterator[dict[str, int]]:
+        yield {}
+        try:
+            await asyncio.sleep(100)
+        finally:
+            await asyncio.sleep(1.1)
+            cleaned.append("input")
+
+    with pytest.raises(DeadlineExceeded):
+        await make(dag, 2, deadline=10).run(inputs())
+    assert cleaned == ["task", "input"]
+    assert now() == pytest.approx(11.1)
+    assert_clean()
+
+
+@virtual
 async def test_E9_one_that_swallows_it_for_ever_is_abandoned_after_the_grace_and_reported() -> None:
     dag, released = DAG(), asyncio.Event()
     tasks: list[Any] = []
