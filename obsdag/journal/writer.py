@@ -6,7 +6,7 @@ passed, or nothing else is pending; of several rows of one context only the late
 than that, a group is up to four times as large: a busy event loop gives this thread the GIL only every 5 ms, once per
 commit, and each look for I/O begins the 5 ms anew. So whoever puts as much as a group gives it away for a moment: this
 thread ends its last commit and begins the next, which then goes on beside the loop (without that it began when the
-inbox was full and the loop at rest, and a run took a tenth longer).
+inbox was full and the loop at rest, and a run of short contexts took some percent longer).
 
 Who may do what: `put`, `call` and `close` from any thread. The inbox is bounded: beyond `inbox_rows`, `behind` says so,
 for whoever can take less work in, and what comes is merged into the newest unit, so that it holds a row per context at
