@@ -30,11 +30,12 @@ class LimitBook:
     fired early.
     """
 
-    __slots__ = ("_asked", "_latest", "_ledgers", "_lock", "_news", "_retired", "_timed")
+    __slots__ = ("_asked", "_latest", "_ledgers", "_lock", "_news", "_retired", "_sets", "_timed")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ledgers: dict[Limit, Ledger] = {}
+        self._sets: dict[tuple[Limit, ...], tuple[Ledger, ...]] = {}  # the ledgers of these limits: one tuple for all
         self._retired: set[Limit] = set()  # no run attached: to be dropped as soon as the ledger is at rest
         self._timed: dict[LimitRequest, float] = {}  # wait for nothing but the clock; at most one for each rate
         self._news: list[_News] = []  # to be told when the lock is free again
@@ -53,7 +54,7 @@ class LimitBook:
         news = None
         with self._lock:
             now = self._see(now)
-            ledgers = request._ledgers = tuple([self._ledgers.get(limit) or self._opened(limit) for limit in limits])
+            ledgers = request._ledgers = self._sets.get(limits) or self._opened_all(limits)
             for ledger in ledgers:
                 if ledger.line or ledger.ready_at() > now:
                     self._line_up(request, now)
@@ -162,7 +163,7 @@ class LimitBook:
         """How many requests stand in the line of `limit`."""
         with self._lock:
             ledger = self._ledgers.get(limit)
-            return len(ledger.line) if ledger else 0
+            return ledger.waiting if ledger else 0
 
     def in_use(self, limit: Limit) -> int:
         """How many requests hold a permit of `limit` (of a rate: the executions under its permits)."""
@@ -194,31 +195,36 @@ class LimitBook:
         self._retired.add(limit)
         return ledger
 
+    def _opened_all(self, limits: tuple[Limit, ...]) -> tuple[Ledger, ...]:
+        ledgers = self._sets[limits] = tuple([self._ledgers.get(limit) or self._opened(limit) for limit in limits])
+        return ledgers
+
     def _sweep(self) -> None:
         for limit in [each for each in self._retired if self._ledgers[each].at_rest(self._latest)]:
             self._retired.remove(limit)
             del self._ledgers[limit]
+            self._sets.clear()
 
     def _line_up(self, request: LimitRequest, now: float) -> None:
         self._asked += 1
         request._number = self._asked
         request._waits = True
         for ledger in request._ledgers:
-            ledger.line[request] = None
+            ledger.line_up(request)
         self._consider(request, now)
 
     def _leave_lines(self, request: LimitRequest) -> None:
         request._waits = False
         self._timed.pop(request, None)
         for ledger in request._ledgers:
-            del ledger.line[request]
+            ledger.leave()
 
     def _settle(self, ledgers: Iterable[Ledger], now: float) -> None:
         """Consider who is first in these lines, and after each grant who became first by it."""
         pending = list(ledgers)
         for ledger in pending:
             if ledger.line:
-                first = next(iter(ledger.line))
+                first = ledger.line[0]
                 if self._consider(first, now):
                     pending += first._ledgers
 
@@ -226,7 +232,7 @@ class LimitBook:
         """Grant a waiting request if possible. Otherwise note what it waits for; if a time, its owner is told."""
         ready_at = NOW
         for ledger in request._ledgers:
-            if next(iter(ledger.line)) is not request:
+            if ledger.line[0] is not request:
                 request.blocking = ledger.limit
                 return False
             if ledger.ready_at() > max(ready_at, now):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from obsdag.limits.definitions import Limit, ResourcePool
@@ -15,6 +16,8 @@ __all__ = ["Closing", "Kind", "LimitOwner", "LimitRequest", "LimitStatus"]
 Kind = Literal["rate", "concurrency", "pool"]
 Closing = tuple[Callable[[Any], Any], Any]
 """A pool's `close` and the item that it has to be called with."""
+
+_NO_RESOURCES: Final[Any] = MappingProxyType({})  # one for all: an empty dict of its own is 64 bytes
 
 
 class LimitOwner(Protocol):
@@ -64,11 +67,17 @@ class LimitRequest:
         self.blocking: Limit | None = None
         self.asked_at = now
         self.granted_at = math.nan
-        self.resources: dict[ResourcePool, Any] = {}
+        self.resources: dict[ResourcePool, Any] = _NO_RESOURCES
         self._ledgers: tuple[Ledger, ...] = ()
         self._waits = False
         self._number = 0  # the place in the order of asking, of one that has to wait
         self._permits: dict[Ledger, int] | None = None  # numbers of rate permits, for giving them back unused
+
+    def _take(self, pool: ResourcePool, item: Any) -> None:
+        """It has an item of `pool`, or MAKE for one."""
+        if self.resources is _NO_RESOURCES:
+            self.resources = {}
+        self.resources[pool] = item
 
 
 class LimitStatus(TypedDict):
