@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from obsdag.errors import ConfigError
+from obsdag.telemetry.kept_span import KeptSpan
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import Span
@@ -150,9 +151,10 @@ class QueueProcessor(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         """Queues a span; never blocks."""
-        context = span.get_span_context()
-        if context is None or not context.trace_flags.sampled:
-            return
+        if type(span) is not KeptSpan:
+            context = span.get_span_context()
+            if context is None or not context.trace_flags.sampled:
+                return
         if self._closed:
             self.counts.add("shutdown", 1)
         elif len(self._queue) >= self._most:

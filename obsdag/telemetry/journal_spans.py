@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.sdk.trace import Event
+from opentelemetry.trace import SpanContext, Status, StatusCode
 
 from obsdag.core.observer import Observer
 from obsdag.telemetry.catalogue import error_type_of
 from obsdag.telemetry.journal_specs import SLOW_COMMIT_S
+from obsdag.telemetry.kept_span import UNSET, KeptSpan
 from obsdag.telemetry.records import SAMPLED
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["JournalSpans", "deferred", "live"]
 
 Make = Callable[[str, float, float, dict[str, Any], BaseException | None], None]
-"""Makes a span: name, start and end on the run's clock, attributes, what it failed of."""
+"""Makes a span: name, start and end on the run's clock, its own attributes, what it failed of."""
 
 _APART_S: Final = 1.0
 
@@ -33,9 +34,8 @@ _APART_S: Final = 1.0
 class JournalSpans(Observer):
     """Beside the tracer of one run; `make` hands spans on in that tracer's way."""
 
-    def __init__(self, run: RunState, engine: str, make: Make) -> None:
+    def __init__(self, run: RunState, make: Make) -> None:
         self._clock = run.clock
-        self._attributes = {"obsdag.engine": engine, "obsdag.dag": run.plan.name}
         self._make = make
         self._next = 0.0  # no slow commit has a span before
         self._left_out = 0
@@ -50,21 +50,21 @@ class JournalSpans(Observer):
             return
         told = {"obsdag.journal.rows": rows, "obsdag.journal.depth": depth, "obsdag.journal.left_out": self._left_out}
         self._next, self._left_out = now + _APART_S, 0
-        self._make("journal commit", now - took_s, now, self._attributes | told, None)
+        self._make("journal commit", now - took_s, now, told, None)
 
     def journal_failed(self, error: BaseException) -> None:
         """The commit that failed for good."""
         now = self._clock()
         told = {"obsdag.journal.rows": getattr(error, "rows", 0), "error.type": error_type_of(error)}
         began = now - getattr(error, "took_s", 0.0)
-        self._make("journal commit", began, now, self._attributes | told, error)
+        self._make("journal commit", began, now, told, error)
 
     def journal_recovered(self, contexts: int, replayed: int, dead_letters: int, took_s: float) -> None:
         """What was taken up; the file was read before the run began, so the span is shorter than `took_s`."""
         now = self._clock()
         told: dict[str, Any] = {"obsdag.journal.contexts": contexts, "obsdag.journal.replayed": replayed}
         told |= {"obsdag.journal.dead_letters": dead_letters, "obsdag.journal.took_s": took_s}
-        self._make("journal recover", now - took_s, now, self._attributes | told, None)
+        self._make("journal recover", now - took_s, now, told, None)
 
 
 def deferred(run: RunState, tracer: DeferredTracer) -> JournalSpans:
@@ -73,39 +73,40 @@ def deferred(run: RunState, tracer: DeferredTracer) -> JournalSpans:
     def make(name: str, start: float, end: float, attributes: dict[str, Any], error: BaseException | None) -> None:
         at = tracer.unix_ns(end)
         events = [] if error is None else [Event("exception", tracer.texts.attributes(error), at)]
-        own = SpanContext(tracer.run_trace_id, tracer.new_span_id(), False, SAMPLED)
         tracer.hand_in(
-            ReadableSpan(
-                name=name,
-                context=own,
-                parent=SpanContext(tracer.run_trace_id, tracer.run_span_id, False, SAMPLED),
-                resource=tracer.resource,
-                attributes=attributes,
-                events=events,
-                kind=SpanKind.INTERNAL,
-                status=_status(attributes),
-                start_time=tracer.unix_ns(max(start, run.started)),
-                end_time=at,
-                instrumentation_scope=tracer.scope,
+            KeptSpan(
+                tracer.source,
+                name,
+                tracer.run_trace_id,
+                tracer.new_span_id(),
+                None,
+                SpanContext(tracer.run_trace_id, tracer.run_span_id, False, SAMPLED),
+                tracer.unix_ns(max(start, run.started)),
+                at,
+                tracer.of_all,
+                attributes,
+                happened=events,
+                result=_status(attributes),
             )
         )
 
-    return JournalSpans(run, tracer.engine, make)
+    return JournalSpans(run, make)
 
 
 def live(run: RunState, tracer: LiveTracer) -> JournalSpans:
     """Beside live tracing: ordinary spans."""
+    always = {"obsdag.engine": tracer.engine, "obsdag.dag": run.plan.name}
 
     def make(name: str, start: float, end: float, attributes: dict[str, Any], error: BaseException | None) -> None:
-        span = tracer.begin_below_run(name, max(start, run.started), attributes)
+        span = tracer.begin_below_run(name, max(start, run.started), always | attributes)
         if error is not None:
             span.add_event("exception", tracer.texts.attributes(error))
             span.set_status(_status(attributes))
         span.end(tracer.unix_ns(end))
 
-    return JournalSpans(run, tracer.engine, make)
+    return JournalSpans(run, make)
 
 
 def _status(attributes: dict[str, Any]) -> Status:
     failed = attributes.get("error.type")
-    return Status(StatusCode.UNSET) if failed is None else Status(StatusCode.ERROR, failed)
+    return UNSET if failed is None else Status(StatusCode.ERROR, failed)

@@ -22,6 +22,7 @@ from opentelemetry.trace import SpanContext
 from obsdag.core.observer import Observer
 from obsdag.core.states import STATES
 from obsdag.telemetry.executions import taken
+from obsdag.telemetry.kept_span import Shared
 from obsdag.telemetry.materialize import ErrorTexts
 from obsdag.telemetry.records import RootTrace, new_span_id, new_trace_id
 from obsdag.telemetry.sampling import ratio_bound
@@ -77,8 +78,7 @@ class Keeper(Observer):
         self.engine = clean(engine)
         self.dag = clean(run.plan.name)
         self.stats = stats
-        self.resource = resource
-        self.scope = scope
+        self.source = resource, scope
         self.epoch = run.epoch
         self.room = 0
         self.run_trace_id, self.run_span_id = new_trace_id(), new_span_id()
@@ -89,7 +89,8 @@ class Keeper(Observer):
         self._pipeline = pipeline
         self.lock = pipeline.lock
         self.texts = ErrorTexts(redact)
-        self.of_task: dict[int, tuple[str, dict[str, Any]]] = {}  # tracing's thread's own memory
+        self.of_task: dict[int, tuple[str, Shared]] = {}  # tracing's thread's own memory
+        self.of_all = Shared({"obsdag.engine": self.engine, "obsdag.dag": self.dag})
         self._bound = ratio_bound(sample)
         self._follow = follow_parent
         self._most = max_spans_per_trace

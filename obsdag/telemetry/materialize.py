@@ -1,4 +1,4 @@
-"""From records to spans: `ReadableSpan`s of kept traces, built off the event loop's thread (TELEMETRY section 3).
+"""From records to spans: `KeptSpan`s of kept traces, built off the event loop's thread (TELEMETRY section 3).
 
 Built directly: going through `start_span` costs ten times as much and would ask the sampler again. Every name and
 attribute key here is public API.
@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.attributes import BoundedAttributes
-from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace import Event
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
+from obsdag import context as contexts
 from obsdag.core.states import LANES, STATES
-from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, ContextTrace, Details, ExecutionSpan, Part, RootTrace
+from obsdag.telemetry.kept_span import UNSET, KeptSpan, Lead, Shared
+from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, Details, ExecutionSpan, Part, RootTrace
 from obsdag.telemetry.specs import clean, error_type_of
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ MAX_LINKS: Final = 64
 """The SDK keeps the newest 128 only; 64 tell the story, and the true number is an attribute."""
 MAX_LATEST: Final = 4_096
 """Executions of one root that later ones may link to: enough for any DAG, bounded for endless fan-outs."""
-_UNSET: Final = Status(StatusCode.UNSET)
 
 
 class ErrorText:
@@ -95,14 +96,12 @@ def context_id(raw: str | int) -> str:
     """`Context.id` of a context that may be gone, from its raw form."""
     if isinstance(raw, str):
         return clean(raw)
-    from obsdag import context
-
-    return f"{context._prefix}-{raw:x}"
+    return f"{contexts._prefix}-{raw:x}"
 
 
 def build_spans(
     tracer: DeferredTracer, root: RootTrace, records: list[tuple[Any, ...]], finished: bool
-) -> Iterator[ReadableSpan]:
+) -> Iterator[KeptSpan]:
     """The spans of what was taken from `root`, in order of their ends; its `context` spans last, if `finished`."""
     for record in records:
         if record[0] is None:
@@ -119,11 +118,10 @@ def build_spans(
 # --- executions
 
 
-def _execution_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> ReadableSpan:
+def _execution_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> KeptSpan:
     span, index, attempt, started, ended, worker, lane, waits, outcome, error = record
-    name, same_always = _of_task(tracer, index)
-    attributes = {
-        **same_always,
+    name, always = _of_task(tracer, index)
+    own = {
         "obsdag.context.id": context_id(span.trace.raw_id),
         "obsdag.attempt": attempt,
         "obsdag.execution.outcome": outcome,
@@ -132,41 +130,34 @@ def _execution_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, 
     }
     for state, waited_s in enumerate(waits or ()):
         if waited_s > 0.0:
-            attributes[f"obsdag.wait_s.{STATES[state]}"] = waited_s
+            own[f"obsdag.wait_s.{STATES[state]}"] = waited_s
     more = root.more
     if more is not None and (span.trace.raw_id, index, started) in more.critical:
-        attributes["obsdag.critical"] = True
+        own["obsdag.critical"] = True
     if more is not None and more.iteration:
-        attributes["obsdag.loop.iteration"] = more.iteration
-    links = _links_of(tracer, root, record, attributes)
-    events, status = _error_of(tracer, outcome, error, tracer.unix_ns(ended), attributes)
+        own["obsdag.loop.iteration"] = more.iteration
+    leads = _links_of(tracer, root, record, own)
+    events, status = _error_of(tracer, outcome, error, tracer.unix_ns(ended), own)
     details = span.details
     if details is not None:
-        status = _user_part(details, attributes, events, links, status)
+        status = _user_part(details, always, own, events, leads, status)
     part = root.part_of(span.trace_id)
     began = part.started
-    return ReadableSpan(
-        name=name,
-        context=SpanContext(span.trace_id, span.id, False, SAMPLED, _state(root, span.trace_id)),
-        parent=_parent_of(root, span, part, links),
-        resource=tracer.resource,
-        attributes=attributes,
-        events=events,
-        links=links,
-        kind=SpanKind.INTERNAL,
-        status=status,
-        start_time=tracer.unix_ns(max(started, began)),
-        end_time=tracer.unix_ns(max(ended, began)),
-        instrumentation_scope=tracer.scope,
+    return KeptSpan(
+        tracer.source,
+        name,
+        span.trace_id,
+        span.id,
+        _state(root, span.trace_id),
+        _parent_of(root, span, part, leads),
+        tracer.unix_ns(max(started, began)),
+        tracer.unix_ns(max(ended, began)),
+        always,
+        own,
+        leads,
+        events,
+        status,
     )
-
-
-def _base(tracer: DeferredTracer, trace: ContextTrace) -> dict[str, Any]:
-    return {
-        "obsdag.engine": tracer.engine,
-        "obsdag.dag": tracer.dag,
-        "obsdag.context.id": context_id(trace.raw_id),
-    }
 
 
 def _state(root: RootTrace, trace_id: int) -> Any:
@@ -174,7 +165,7 @@ def _state(root: RootTrace, trace_id: int) -> Any:
     return caller.trace_state_of(trace_id) if caller is not None else None
 
 
-def _of_task(tracer: DeferredTracer, index: int) -> tuple[str, dict[str, Any]]:
+def _of_task(tracer: DeferredTracer, index: int) -> tuple[str, Shared]:
     """The name and the attributes that all spans of a task have."""
     found = tracer.of_task.get(index)
     if found is None:
@@ -186,17 +177,17 @@ def _of_task(tracer: DeferredTracer, index: int) -> tuple[str, dict[str, Any]]:
             "obsdag.task": name,
             "obsdag.executor": task.runs_on,
         }
-        found = tracer.of_task[index] = f"execute {name}", always
+        found = tracer.of_task[index] = f"execute {name}", Shared(always)
     return found
 
 
-def _parent_of(root: RootTrace, span: ExecutionSpan, part: Part, links: list[Link]) -> SpanContext | None:
+def _parent_of(root: RootTrace, span: ExecutionSpan, part: Part, links: list[Link | Lead]) -> SpanContext | None:
     """The execution that made the child, if it is in the same trace; else the `context` span of that trace."""
     maker = span.trace.maker
     if maker is not None and maker.trace_id == span.trace_id:
         return SpanContext(maker.trace_id, maker.id, False, SAMPLED)
     if maker is not None and len(links) < MAX_LINKS:
-        links.append(_link("maker", maker.trace_id, maker.id))
+        links.append(("maker", maker.trace_id, maker.id))
     more = root.more
     if more is not None and more.pull in ("open", "ended"):
         return None  # a pull that gave nothing has no context: its execution is the whole trace
@@ -205,7 +196,7 @@ def _parent_of(root: RootTrace, span: ExecutionSpan, part: Part, links: list[Lin
 
 def _links_of(
     tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...], attributes: dict[str, Any]
-) -> list[Link]:
+) -> list[Link | Lead]:
     """To the attempt before, and to the executions joined: several upstreams, or the children of a join."""
     span, index, outcome = record[0], record[1], record[8]
     latest = root.rare().latest
@@ -227,9 +218,9 @@ def _links_of(
             del latest[old]
     latest[key, index] = (span, outcome)
     more = root.more
-    links = [_link(kind, each.trace_id, each.id) for kind, each in found[:MAX_LINKS]]
+    links: list[Link | Lead] = [(kind, each.trace_id, each.id) for kind, each in found[:MAX_LINKS]]
     if more is not None and more.pull in ("open", "ended"):
-        links += [_link(*link) for link in more.links]
+        links += more.links
     return links
 
 
@@ -245,7 +236,7 @@ def _error_of(
 ) -> tuple[list[Event], Status]:
     """A failed attempt is an ERROR with its exception; cancellations, interruptions and deferrals are not errors."""
     if error is None or outcome not in ("error", "timeout"):
-        return [], _UNSET
+        return [], UNSET
     if isinstance(error, BaseException):
         text = error_text(error)
         event = tracer.texts.attributes(error)
@@ -257,52 +248,61 @@ def _error_of(
 
 
 def _user_part(
-    details: Details, attributes: dict[str, Any], events: list[Event], links: list[Link], status: Status
+    details: Details,
+    always: Shared,
+    attributes: dict[str, Any],
+    events: list[Event],
+    links: list[Link | Lead],
+    status: Status,
 ) -> Status:
     """What the task said about its own span; the engine's own keys win."""
     for key, value in (BoundedAttributes(MAX_DETAILS, details.attributes, immutable=False) or {}).items():
-        attributes.setdefault(key, value)
+        if key not in always.attributes:
+            attributes.setdefault(key, value)
     events[:0] = [Event(name, BoundedAttributes(MAX_DETAILS, dict(given)), at) for name, given, at in details.events]
     links += [Link(context, given) for context, given in details.links[: MAX_LINKS - len(links)]]
     if details.dropped:
         attributes["obsdag.dropped_details"] = details.dropped
     if details.iteration:
         attributes["obsdag.loop.iteration"] = details.iteration
-    return details.status if details.status is not None and status is _UNSET else status
+    return details.status if details.status is not None and status is UNSET else status
 
 
-def _dispatch_span(tracer: DeferredTracer, record: tuple[Any, ...], dispatch: tuple[int, float]) -> ReadableSpan:
+def _dispatch_span(tracer: DeferredTracer, record: tuple[Any, ...], dispatch: tuple[int, float]) -> KeptSpan:
     span, index, ended = record[0], record[1], record[4]
     task = tracer.plan.tasks[index]
-    return ReadableSpan(
-        name=f"dispatch {clean(task.id)}",
-        context=SpanContext(span.trace_id, dispatch[0], False, SAMPLED, _state(span.trace.root, span.trace_id)),
-        parent=SpanContext(span.trace_id, span.id, False, SAMPLED),
-        resource=tracer.resource,
-        attributes={**_base(tracer, span.trace), "obsdag.task": clean(task.id), "obsdag.executor": task.runs_on},
-        kind=SpanKind.PRODUCER,
-        start_time=tracer.unix_ns(dispatch[1]),
-        end_time=tracer.unix_ns(max(ended, dispatch[1])),
-        instrumentation_scope=tracer.scope,
+    return KeptSpan(
+        tracer.source,
+        f"dispatch {clean(task.id)}",
+        span.trace_id,
+        dispatch[0],
+        _state(span.trace.root, span.trace_id),
+        SpanContext(span.trace_id, span.id, False, SAMPLED),
+        tracer.unix_ns(dispatch[1]),
+        tracer.unix_ns(max(ended, dispatch[1])),
+        _of_task(tracer, index)[1],
+        {"obsdag.context.id": context_id(span.trace.raw_id)},
+        sort=SpanKind.PRODUCER,
     )
 
 
 # --- waits and contexts
 
 
-def _wait_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> ReadableSpan:
+def _wait_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> KeptSpan:
     _, trace, state, started, ended = record
     part = _part_at(root, started)
-    return ReadableSpan(
-        name=f"wait {STATES[state]}",
-        context=SpanContext(part.trace_id, tracer.new_span_id(), False, SAMPLED, _state(root, part.trace_id)),
-        parent=SpanContext(part.trace_id, part.span_id, False, SAMPLED),
-        resource=tracer.resource,
-        attributes=_base(tracer, trace),
-        kind=SpanKind.INTERNAL,
-        start_time=tracer.unix_ns(max(started, part.started)),
-        end_time=tracer.unix_ns(ended),
-        instrumentation_scope=tracer.scope,
+    return KeptSpan(
+        tracer.source,
+        f"wait {STATES[state]}",
+        part.trace_id,
+        tracer.new_span_id(),
+        _state(root, part.trace_id),
+        part.context,
+        tracer.unix_ns(max(started, part.started)),
+        tracer.unix_ns(ended),
+        tracer.of_all,
+        {"obsdag.context.id": context_id(trace.raw_id)},
     )
 
 
@@ -313,32 +313,33 @@ def _part_at(root: RootTrace, at: float) -> Part:
     return next((part for part in reversed(parts) if part.started <= at), parts[0])
 
 
-def build_marker(
-    tracer: DeferredTracer, root: RootTrace, now: float, running: tuple[str, ...], state: str
-) -> ReadableSpan:
+def build_marker(tracer: DeferredTracer, root: RootTrace, now: float, running: tuple[str, ...], state: str) -> KeptSpan:
     """`open {dag}`: a context that is still under way after `slow_after`, from its entry until now, and where it is.
 
     A span can only be exported once it has ended, so a context that hangs in its first task would otherwise never be
     seen.
     """
     part = _part_at(root, now)
-    attributes = _base(tracer, root)
-    attributes["obsdag.open.tasks"] = running
-    attributes["obsdag.open.state"] = state
-    return ReadableSpan(
-        name=f"open {tracer.dag}",
-        context=SpanContext(part.trace_id, tracer.new_span_id(), False, SAMPLED, _state(root, part.trace_id)),
-        parent=SpanContext(part.trace_id, part.span_id, False, SAMPLED),
-        resource=tracer.resource,
-        attributes=attributes,
-        kind=SpanKind.INTERNAL,
-        start_time=tracer.unix_ns(part.started),
-        end_time=tracer.unix_ns(now),
-        instrumentation_scope=tracer.scope,
+    own = {
+        "obsdag.context.id": context_id(root.raw_id),
+        "obsdag.open.tasks": running,
+        "obsdag.open.state": state,
+    }
+    return KeptSpan(
+        tracer.source,
+        f"open {tracer.dag}",
+        part.trace_id,
+        tracer.new_span_id(),
+        _state(root, part.trace_id),
+        part.context,
+        tracer.unix_ns(part.started),
+        tracer.unix_ns(now),
+        tracer.of_all,
+        own,
     )
 
 
-def _context_spans(tracer: DeferredTracer, root: RootTrace) -> Iterator[ReadableSpan]:
+def _context_spans(tracer: DeferredTracer, root: RootTrace) -> Iterator[KeptSpan]:
     """One `context` span per part, linked both ways; none for a pull that no item came of."""
     more = root.rare()
     if more.pull in ("open", "ended"):
@@ -351,58 +352,59 @@ def _context_spans(tracer: DeferredTracer, root: RootTrace) -> Iterator[Readable
         attributes["obsdag.links"] = len(links)
         if len(links) <= MAX_LINKS:
             del attributes["obsdag.links"]
-        yield ReadableSpan(
-            name=f"context {tracer.dag}",
-            context=SpanContext(part.trace_id, part.span_id, False, SAMPLED, _state(root, part.trace_id)),
-            parent=parent,
-            resource=tracer.resource,
-            attributes=attributes,
-            events=_outcome_event(tracer, root),
-            links=links[:MAX_LINKS],
-            kind=SpanKind.CONSUMER,
-            status=_context_status(tracer, root),
-            start_time=tracer.unix_ns(part.started),
-            end_time=tracer.unix_ns(more.closed),
-            instrumentation_scope=tracer.scope,
+        yield KeptSpan(
+            tracer.source,
+            f"context {tracer.dag}",
+            part.trace_id,
+            part.span_id,
+            _state(root, part.trace_id),
+            parent,
+            tracer.unix_ns(part.started),
+            tracer.unix_ns(more.closed),
+            tracer.of_all,
+            attributes,
+            links[:MAX_LINKS],
+            _outcome_event(tracer, root),
+            _context_status(tracer, root),
+            SpanKind.CONSUMER,
         )
 
 
-def build_run_span(tracer: DeferredTracer, outcome: str, started: float, ended: float) -> ReadableSpan:
+def build_run_span(tracer: DeferredTracer, outcome: str, started: float, ended: float) -> KeptSpan:
     """The `run {dag}` span, a child of whoever called `Executor.run`."""
     failed = outcome in ("failed", "deadlocked", "deadline")
-    attributes: dict[str, Any] = {
-        "obsdag.engine": tracer.engine,
-        "obsdag.dag": tracer.dag,
+    own = {
         "obsdag.run.id": tracer.run.id,
         "obsdag.run.kind": tracer.run.kind,
         "obsdag.run.outcome": outcome,
     }
     if failed:
-        attributes["error.type"] = outcome
-    return ReadableSpan(
-        name=f"run {tracer.dag}",
-        context=SpanContext(tracer.run_trace_id, tracer.run_span_id, False, SAMPLED),
-        parent=tracer.run_parent,
-        resource=tracer.resource,
-        attributes=attributes,
-        kind=SpanKind.INTERNAL,
-        status=Status(StatusCode.ERROR, outcome) if failed else Status(StatusCode.UNSET),
-        start_time=tracer.unix_ns(started),
-        end_time=tracer.unix_ns(ended),
-        instrumentation_scope=tracer.scope,
+        own["error.type"] = outcome
+    return KeptSpan(
+        tracer.source,
+        f"run {tracer.dag}",
+        tracer.run_trace_id,
+        tracer.run_span_id,
+        None,
+        tracer.run_parent,
+        tracer.unix_ns(started),
+        tracer.unix_ns(ended),
+        tracer.of_all,
+        own,
+        result=Status(StatusCode.ERROR, outcome) if failed else UNSET,
     )
 
 
-def _context_links(tracer: DeferredTracer, root: RootTrace, parts: list[Part], number: int) -> list[Link]:
+def _context_links(tracer: DeferredTracer, root: RootTrace, parts: list[Part], number: int) -> list[Link | Lead]:
     more = root.rare()
-    links: list[Link] = []
+    links: list[Link | Lead] = []
     if number == 0:
         if more.caller is not None and more.caller.mode == "link" and more.caller.span_context is not None:
             links.append(Link(more.caller.span_context, {"obsdag.link.type": "submitter"}))
-        links += [_link(*link) for link in more.links]
-    links.append(_link("run", tracer.run_trace_id, tracer.run_span_id))
+        links += more.links
+    links.append(("run", tracer.run_trace_id, tracer.run_span_id))
     links += [
-        _link("continuation", other.trace_id, other.span_id)
+        ("continuation", other.trace_id, other.span_id)
         for other in (*parts[max(0, number - 1) : number], *parts[number + 1 : number + 2])
     ]
     return links
@@ -410,8 +412,7 @@ def _context_links(tracer: DeferredTracer, root: RootTrace, parts: list[Part], n
 
 def _context_attributes(tracer: DeferredTracer, root: RootTrace, number: int) -> dict[str, Any]:
     more = root.rare()
-    attributes = _base(tracer, root)
-    attributes["obsdag.context.outcome"] = more.outcome
+    attributes: dict[str, Any] = {"obsdag.context.id": context_id(root.raw_id), "obsdag.context.outcome": more.outcome}
     if more.parent_id:
         attributes["obsdag.context.parent_id"] = more.parent_id
     if more.iteration:
@@ -446,8 +447,4 @@ def _context_status(tracer: DeferredTracer, root: RootTrace) -> Status:
     if more.outcome == "stalled":
         where = f"stalled at task {more.stall[0]!r}" if more.stall is not None else "stalled"
         return Status(StatusCode.ERROR, where)
-    return _UNSET
-
-
-def _link(kind: str, trace_id: int, span_id: int) -> Link:
-    return Link(SpanContext(trace_id, span_id, False, SAMPLED), {"obsdag.link.type": kind})
+    return UNSET

@@ -4,7 +4,8 @@ records      ids, what is kept of executions and roots     carrier   W3C trace c
 deferred     the observer that records                     live      the observer for a host's own tracer provider
 keeping      its decisions                                 hold      users' own spans share the decision
 sampling     ratio, keep budget, running quantile          export    OTLP, counting what is lost
-materialize  from records to SDK spans                     pipeline  bounded buffer, thread, flush with a deadline
+materialize  from records to spans                         pipeline  bounded buffer, thread, flush with a deadline
+kept_span    which are the SDK's for whoever looks         encode    and are written as OTLP at once by our exporter
 """
 
 from __future__ import annotations
