@@ -80,20 +80,40 @@ def test_what_is_set_before_anybody_looks_counts() -> None:
     assert request.resource_spans[0].scope_spans[0].spans[0].name == "renamed"
 
 
-async def test_a_processor_that_changes_spans_is_obeyed() -> None:
-    class TakesOut(SpanProcessor):
-        def on_end(self, span: ReadableSpan) -> None:
-            span._attributes = dict.fromkeys(span.attributes or (), "?")
-
+def dag_of_one() -> DAG:
     dag = DAG("dag")
 
     @dag.task
     async def work(ctx: Context) -> Context:
         return ctx
 
+    return dag
+
+
+async def test_nobody_looks_on_the_way_to_our_own_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, bool]] = []
+
+    def encode(spans: list[KeptSpan]) -> bytes:
+        sent.extend((span.title, span.whole) for span in spans)
+        return encode_request(spans)
+
+    monkeypatch.setattr("obsdag.telemetry.http_exporter.encode_request", encode)
+    with OtlpReceiver() as receiver:
+        tracing = Tracing.otlp(receiver.endpoint, sample=1.0)
+        await run_traced(dag_of_one(), [{}], tracing=tracing)
+        tracing.shutdown(20.0)
+
+    assert sorted(sent) == [("context dag", False), ("execute work", False), ("run dag", False)]
+
+
+async def test_a_processor_that_changes_spans_is_obeyed() -> None:
+    class TakesOut(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            span._attributes = dict.fromkeys(span.attributes or (), "?")
+
     with OtlpReceiver() as receiver:
         tracing = Tracing.otlp(receiver.endpoint, sample=1.0, processors=[TakesOut()])
-        await run_traced(dag, [{}], tracing=tracing)
+        await run_traced(dag_of_one(), [{}], tracing=tracing)
         tracing.shutdown(20.0)
 
     assert {span.name for span in receiver.spans} == {"run dag", "context dag", "execute work"}
