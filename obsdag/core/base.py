@@ -151,7 +151,7 @@ class RunBase:
         self.executions_total = 0
         self.retries_total = 0
         self.task_started = [0] * len(plan.tasks)
-        # Those that nobody was told of (`Observer.quick_s`) apart from the others: see `task_executions`.
+        # Quick ones, of which those are told only who want all (`Observer.quick_s`), apart: see `task_executions`.
         self.told_executions = [0] * len(plan.tasks)
         self.told_seconds = [0.0] * len(plan.tasks)
         self.quick_executions = [0] * len(plan.tasks)

@@ -261,7 +261,7 @@ class Facts:
         if not told:
             return None
         calls = tuple(told)
-        if len(calls) == 1 and fact in getattr(getattr(calls[0], "__self__", None), "guarded", ()):
+        if len(listeners) == 1 and fact in getattr(getattr(calls[0], "__self__", None), "guarded", ()):
             return calls[0]
 
         def failed(index: int, error: Exception) -> None:

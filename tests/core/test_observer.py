@@ -287,3 +287,27 @@ def test_after_one_that_raises_the_next_is_told_the_same(fact: str) -> None:
 
     assert told == [given, given]
     assert facts.failures == 1
+
+
+def test_one_that_guards_itself_and_raises_beside_others_does_not_reach_the_engine() -> None:
+    class Guards(Ends):
+        guarded: ClassVar[frozenset[str]] = frozenset({"execution_finished"})  # type: ignore[misc]
+        facts: ClassVar[list[Facts]] = []
+
+        def run_started(self, run: RunState, now: float) -> None:
+            self.facts.append(run.facts)
+
+        def execution_finished(
+            self, execution: Execution, outcome: str, error: BaseException | None, now: float
+        ) -> None:
+            self.ends.append((execution.task.id, execution.context["n"], outcome))
+            problem = RuntimeError("a bug")
+            if not self.facts[0].detach(self, "execution_finished", problem):
+                raise problem
+
+    guards, slow = Guards(), SlowEnds()
+    result = ends_of(guards, slow)
+
+    assert result.counts["output"] == 3
+    assert len(guards.ends) == 1
+    assert slow.ends == [("second", 2, "success"), ("second", 3, "error")]
