@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
 
-__all__ = ["RunShell"]
+__all__ = ["CANCELS", "RunShell"]
 
 CANCELS = 4  # within the grace; not at once again, which would cut off the clean-up that the first one began
 _WOKEN_PER_ROUND = 8  # workers: were it all, 64 that never wait would cost a fifth more; were it one, those that wait

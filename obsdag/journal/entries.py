@@ -20,7 +20,6 @@ __all__ = ["Entry", "describe_plan", "failed_of", "is_on_trial", "row_of"]
 
 _encode = msgspec.msgpack.Encoder().encode
 _TEXT: Final = 4_000
-_INLINE: Final = 1 << 63  # a mask below is its own packed form
 
 
 class Entry(msgspec.Struct, eq=False, gc=False):
@@ -76,7 +75,7 @@ def row_of(context: Context, plan: int, at_source: int | bytes, epoch: float, no
     if more is not None or due is not None or context._frozen:
         lend = None if more is None or more.lend is None else more.lend.index
         rare = _rare(context, more, epoch, None if due is None else due + epoch)
-    done = at_source if run is None else context._done if context._done < _INLINE else pack_mask(context._done)
+    done = at_source if run is None else pack_mask(context._done)
     body = _encode(
         Body(
             entry.kind,

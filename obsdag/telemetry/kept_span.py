@@ -1,7 +1,7 @@
 """The span of a kept trace: a `ReadableSpan` for whoever looks, and little more than its record until then.
 
 Most kept spans go from here to our own exporter, which needs neither the objects that the SDK has for ids, links and
-attributes, nor to write again what it wrote for the span before: a third of what keeping a trace cost.
+attributes, nor to write again what it wrote for the span before: a third of what building and writing it cost.
 """
 
 from __future__ import annotations

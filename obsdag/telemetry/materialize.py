@@ -292,18 +292,8 @@ def _dispatch_span(tracer: DeferredTracer, record: tuple[Any, ...], dispatch: tu
 def _wait_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> KeptSpan:
     _, trace, state, started, ended = record
     part = _part_at(root, started)
-    return KeptSpan(
-        tracer.source,
-        f"wait {STATES[state]}",
-        part.trace_id,
-        tracer.new_span_id(),
-        _state(root, part.trace_id),
-        part.context,
-        tracer.unix_ns(max(started, part.started)),
-        tracer.unix_ns(ended),
-        tracer.of_all,
-        {"obsdag.context.id": context_id(trace.raw_id)},
-    )
+    own = {"obsdag.context.id": context_id(trace.raw_id)}
+    return _below(tracer, root, part, f"wait {STATES[state]}", max(started, part.started), ended, own)
 
 
 def _part_at(root: RootTrace, at: float) -> Part:
@@ -325,15 +315,22 @@ def build_marker(tracer: DeferredTracer, root: RootTrace, now: float, running: t
         "obsdag.open.tasks": running,
         "obsdag.open.state": state,
     }
+    return _below(tracer, root, part, f"open {tracer.dag}", part.started, now, own)
+
+
+def _below(
+    tracer: DeferredTracer, root: RootTrace, part: Part, title: str, started: float, ended: float, own: dict[str, Any]
+) -> KeptSpan:
+    """A span of no execution, below the `context` span of a part."""
     return KeptSpan(
         tracer.source,
-        f"open {tracer.dag}",
+        title,
         part.trace_id,
         tracer.new_span_id(),
         _state(root, part.trace_id),
         part.context,
-        tracer.unix_ns(part.started),
-        tracer.unix_ns(now),
+        tracer.unix_ns(started),
+        tracer.unix_ns(ended),
         tracer.of_all,
         own,
     )
