@@ -17,13 +17,13 @@ import itertools
 import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 
 from obsdag.errors import ContextError
 
 if TYPE_CHECKING:
-    from obsdag.core.records import Execution, More, Pull, Scope
+    from obsdag.core.records import Execution, More, Pull, Scope, Wait
     from obsdag.core.state import RunState
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime, _Token
@@ -121,7 +121,7 @@ class Context(_Mapping):
     _entry: Any  # the journal's own record of this context, set only where there is a journal
     _idempotency: str  # set when it is first asked for
     _keys_asked_early: ClassVar[bool] = False  # of any context before a journal knew it: a journal looks at all then
-    _ledger: Sequence[float] | None  # of a root: seconds per state, those of running left out; empty until needed
+    _ledger: float | list[float] | None  # of a root: seconds queued; per state, but running, when it was in others
     _waits: list[float] | None  # seconds per state since the last start, where an observer needs them
 
     __slots__ = (
@@ -179,7 +179,7 @@ class Context(_Mapping):
         self._run: RunState | None = None
         self._executions: list[Execution] | None = None
         self._maker: Execution | None = None
-        self._more: More | None = None
+        self._more: More | Wait | None = None
         self._scope: Scope | None = None
         self._trace: Any = None  # the tracing observer's own record of this context
         self._place = 0

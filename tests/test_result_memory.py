@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from obsdag import DAG, Context, Executor, ExecutorConfig, SQLiteJournal
+from obsdag import DAG, ConcurrencyLimit, Context, Executor, ExecutorConfig, SQLiteJournal, Telemetry
 
 
 @pytest.mark.parametrize("journalled", [False, True])
@@ -30,3 +30,25 @@ async def test_a_result_is_freed_by_whoever_drops_it(tmp_path: Path, journalled:
             assert told() is None
         finally:
             gc.enable()
+
+
+async def test_contexts_that_waited_are_freed_with_the_result() -> None:
+    dag = DAG("waiting")
+
+    @dag.task(retry_times=1, limiter=ConcurrencyLimit(1))
+    async def work(ctx: Context) -> Context:
+        if ctx.attempt == 1:
+            raise ValueError
+        return ctx
+
+    config = ExecutorConfig(telemetry=Telemetry.off())
+    gc.disable()
+    try:
+        result = await Executor(dag, config=config).run([{"n": n} for n in range(3)])
+        told = [weakref.ref(output) for output in result]
+        told += [weakref.ref(output.context) for output in result]
+        assert len(told) == 6
+        del result
+        assert [ref() for ref in told] == [None] * 6
+    finally:
+        gc.enable()

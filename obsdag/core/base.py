@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from obsdag.core.observer import Facts
 from obsdag.core.queue import IDLE, QUEUED, VISITED, ContextQueue, TimerHeap
-from obsdag.core.records import Execution, More
+from obsdag.core.records import Execution, More, Wait
 from obsdag.core.states import ENTRY_KINDS, LANES, OUTCOMES, STATES, State
 from obsdag.errors import InternalError
 from obsdag.limits import ConcurrencyLimit, Limit
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from obsdag.plan import Plan
     from obsdag.runtime import Runtime
 
-__all__ = ["RunBase", "Step", "alive", "more_of"]
+__all__ = ["RunBase", "Step", "alive", "more_of", "spent_by_state", "wait_of"]
 
 Step = tuple[int, int, int, tuple[tuple[int, int], ...]]
 """A task's bit; the index of the only task below it, if nothing but this one is above that, else 0 (the source's); the
@@ -36,6 +36,7 @@ mask of the tasks below that wait for nothing else; of the others below, the bit
 """
 
 _RUNNING, _POOL_WAIT, _QUEUED = State.RUNNING.value, State.POOL_WAIT.value, State.QUEUED.value
+_SERVICE_WAIT, _LIMIT_WAIT, _RETRY_WAIT = State.SERVICE_WAIT.value, State.LIMIT_WAIT.value, State.RETRY_WAIT.value
 _FROZEN, _DISCARDED, _LENT = State.FROZEN.value, State.DISCARDED.value, State.LENT.value
 _OUTCOME_INDEX = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _KIND_INDEX = {kind: index for index, kind in enumerate(ENTRY_KINDS)}
@@ -57,11 +58,28 @@ def alive(context: Context) -> bool:
 
 
 def more_of(context: Context) -> More:
-    """The rare parts of a context, made now if it has none yet."""
+    """The rare parts of a context, made now if it has none yet. What `_more` was before is in them."""
     more = context._more
-    if more is None:
-        more = context._more = More()
-    return more
+    if type(more) is More:
+        return more
+    made = context._more = More()
+    if more is not None:
+        made.waits = {wait.index: wait for wait in more.each_wait()}
+    return made
+
+
+def wait_of(context: Context, index: int) -> Wait | None:
+    """What is known of the waiting of a task on a context."""
+    return None if context._more is None else context._more.wait_of(index)
+
+
+def spent_by_state(ledger: float | list[float]) -> list[float]:
+    """Seconds by state of what `Context._ledger` says in short."""
+    if isinstance(ledger, list):
+        return ledger.copy()
+    spent = [0.0] * len(STATES)
+    spent[_QUEUED] = ledger
+    return spent
 
 
 class RunBase:
@@ -247,13 +265,21 @@ class RunBase:
 
     def _waited(self, context: Context, state: int, stayed_s: float) -> None:
         if context._ledger is not None:
-            ledger: Any = context._ledger or [0.0] * len(STATES)
-            ledger[state] += stayed_s
-            context._ledger = ledger
+            self._book(context, state, stayed_s)
         if self.recording:
             if context._waits is None:
                 context._waits = [0.0] * len(STATES)
             context._waits[state] += stayed_s
+
+    def _book(self, root: Context, state: int, stayed_s: float) -> None:
+        ledger: Any = root._ledger
+        if type(ledger) is list:
+            ledger[state] += stayed_s
+        elif state == _QUEUED:
+            root._ledger = ledger + stayed_s
+        else:
+            root._ledger = spent = spent_by_state(ledger)
+            spent[state] += stayed_s
 
     def _restate(self, context: Context, now: float) -> None:
         """Puts a living context into the first state of the enumeration that applies to it."""
@@ -273,14 +299,12 @@ class RunBase:
         if context._place == VISITED:
             return _RUNNING
         if more is not None:
-            for mask, state in (
-                (more.handed, State.SERVICE_WAIT),
-                (more.limit, State.LIMIT_WAIT),
-                (more.retry, State.RETRY_WAIT),
-                (more.room, State.ROOM_WAIT),
-            ):
-                if mask:
-                    return int(state)
+            if more.handed:
+                return _SERVICE_WAIT
+            if waits := more.state_of_waits():
+                return waits
+            if more.room:
+                return int(State.ROOM_WAIT)
             if more.arrived_at >= 0:
                 return int(State.JOIN_WAIT)
             if more.lends:
@@ -293,7 +317,7 @@ class RunBase:
         """Seconds per state of a root so far; the parts add up to its time in the run."""
         if context._ledger is None:
             return {}
-        spent = list(context._ledger) or [0.0] * len(STATES)
+        spent = spent_by_state(context._ledger)
         end = context._since
         if context._outcome is None:
             end = self.clock()

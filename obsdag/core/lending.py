@@ -49,9 +49,11 @@ class Lending(Waits):
     def _ask_no_more(self, parent: Context, mask: int, now: float) -> None:
         """Tasks that were lent keep no permit from the children, which may need it (T7)."""
         more = more_of(parent)
-        for index in [index for index in more.requests or () if mask & self.plan.bit[index]]:
-            if not (more.pulls and index in more.pulls):  # an open map or loop goes on
-                self._wait_no_more(parent, index, now)
+        for wait in more.each_wait():
+            if wait.request is not None and mask & self.plan.bit[wait.index]:
+                if more.pulls and wait.index in more.pulls:
+                    continue  # an open map or loop goes on
+                self._wait_no_more(parent, wait.index, now)
 
     def _due_joins(self, context: Context) -> int:
         """Joins whose turn has come beside the one at which the context was to wait."""

@@ -129,7 +129,7 @@ class Lifecycle(RunBase):
         if holder is not None:
             holder._holds += 1
         else:
-            context._ledger = ()
+            context._ledger = 0.0
             if self.context_deadline is not None:
                 self.set_deadline(context, now + self.context_deadline)
         if self.facts.context_entered is not None:
@@ -196,10 +196,10 @@ class Lifecycle(RunBase):
         if joins and context._more is not None and (lend := context._more.lend) is not None:
             joins &= lend.mask
             if joins:
-                ready &= ~joins
-                if context._more.arrived_at >= 0:  # the first of those that are ready
-                    joins |= plan.bit[context._more.arrived_at]
-                context._more.arrived_at = (joins & -joins).bit_length() - 1
+                more, ready = more_of(context), ready & ~joins
+                if more.arrived_at >= 0:  # the first of those that are ready
+                    joins |= plan.bit[more.arrived_at]
+                more.arrived_at = (joins & -joins).bit_length() - 1
                 context._parked |= joins
         context._ready |= ready
 
@@ -446,10 +446,14 @@ class Lifecycle(RunBase):
         self._end(context, "stalled", now)
 
     def _recompute_parked(self, context: Context) -> None:
-        more = more_of(context)
-        parked = more.limit | more.retry | more.source | more.room
-        for lend in (more.lends or {}).values():
-            parked |= lend.mask
-        if more.arrived_at >= 0:
-            parked |= self.plan.bit[more.arrived_at]
+        more, parked = context._more, 0
+        if more is not None:
+            parked = more.source | more.room
+            for wait in more.each_wait():
+                if wait.state:
+                    parked |= self.plan.bit[wait.index]
+            for lend in (more.lends or {}).values():
+                parked |= lend.mask
+            if more.arrived_at >= 0:
+                parked |= self.plan.bit[more.arrived_at]
         context._parked = parked

@@ -61,7 +61,7 @@ class Progress(Lending):
         self.active -= 1
         more = context._more
         if more is not None and more.handed:
-            more.handed &= ~self.plan.bit[index]
+            more_of(context).handed &= ~self.plan.bit[index]
             self._restate(context, now)  # the others may all wait
         if execution.grant is not None and not execution.abandoned:
             self._release_grant(execution, now)

@@ -8,8 +8,9 @@ in.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from obsdag.core.records import Timer
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from obsdag.context import Context, LoopContext
 
-__all__ = ["CONTINUING", "IDLE", "LOOP", "NEW", "QUEUED", "VISITED", "ContextQueue", "TimerHeap"]
+__all__ = ["CONTINUING", "IDLE", "LOOP", "NEW", "QUEUED", "VISITED", "ContextQueue", "Due", "TimerHeap"]
 
 CONTINUING: Final = 0
 NEW: Final = 1
@@ -89,45 +90,70 @@ class ContextQueue:
         return len(self._continuing) - self._stale[0], len(self._new) - self._stale[1], len(self.loop)
 
 
-class TimerHeap:
-    """Timers by due time; equal times fire in the order they were set. `armed` counts those that are still wanted."""
+class Due(Protocol):
+    """Something with a time. due: seconds on the run's clock, None as soon as that is not wanted any more."""
 
-    __slots__ = ("_heap", "_sequence", "armed")
+    due: float | None
+
+    def fire(self, now: float) -> None:
+        """What is to be done when the time has come."""
+
+
+class TimerHeap:
+    """Timers by due time; equal times fire in the order they were set. `armed` counts those that are still wanted.
+
+    An entry is dead when its timer was disarmed or armed again: what that is due at is another object then.
+    """
+
+    __slots__ = ("_heap", "_latest", "_sequence", "armed")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Timer]] = []
+        self._heap: list[tuple[float, int, Due]] = []
         self._sequence = 0
+        self._latest = -math.inf
         self.armed = 0
 
     def set(self, when: float, action: Callable[[Any, float], None], argument: Any) -> Timer:
         """Arms a timer: `action(argument, now)` is due at `when`."""
         timer = Timer(when, action, argument)
-        self._sequence += 1
-        heapq.heappush(self._heap, (when, self._sequence, timer))
-        self.armed += 1
+        self.arm(timer, when)
         return timer
 
-    def cancel(self, timer: Timer) -> None:
+    def arm(self, timer: Due, when: float) -> None:
+        """Arms one that is not armed."""
+        timer.due = when
+        if when > self._latest:
+            self._latest = when
+        else:  # there may be an equal one; else no number of its own is needed, which is 32 bytes
+            self._sequence += 1
+        heapq.heappush(self._heap, (when, self._sequence, timer))
+        self.armed += 1
+
+    def cancel(self, timer: Due) -> None:
         """Disarms a timer; the heap is rebuilt when most of it is dead, so that it stays in proportion."""
-        if timer.live:
-            timer.live = False
+        if timer.due is not None:
+            timer.due = None
             self.armed -= 1
             if len(self._heap) > 64 and self.armed * 2 < len(self._heap):
-                self._heap = [entry for entry in self._heap if entry[2].live]
+                self._heap = [entry for entry in self._heap if entry[2].due is entry[0]]
                 heapq.heapify(self._heap)
 
     def next_due(self) -> float | None:
         """When the next timer is due, None if none is armed."""
-        while self._heap and not self._heap[0][2].live:
+        while self._heap and self._heap[0][2].due is not self._heap[0][0]:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
-    def pop_due(self, now: float) -> Timer | None:
+    def soonest(self) -> float | None:
+        """As `next_due`, from any thread: changes nothing."""
+        return min((when for when, _, timer in list(self._heap) if timer.due is when), default=None)
+
+    def pop_due(self, now: float) -> Due | None:
         """The next timer that is due at `now`, disarmed; None if none is."""
         due = self.next_due()
         if due is None or due > now:
             return None
         timer = heapq.heappop(self._heap)[2]
-        timer.live = False
+        timer.due = None
         self.armed -= 1
         return timer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
     from obsdag.context import Context, OutputContext
@@ -21,7 +21,9 @@ __all__ = [
     "Pull",
     "Scope",
     "Stall",
+    "TimedWait",
     "Timer",
+    "Wait",
     "current_execution",
 ]
 
@@ -114,10 +116,9 @@ class More:
     """The rare parts of a context, made when first needed, so that the common context stays small.
 
     skipped: skipped tasks. dead: task -> mask of its dead in-edges (C4). lends: lent branches by the task that lent
-    them (C5). lend: the lent branch this context belongs to. tries: task -> failed attempts so far, start of the
-    first. requests: task -> its limit request, waiting or granted. timers: task -> armed timer.
-    limit, retry: masks of tasks that wait for it; handed: of those that wait in a pool or service; room, source: pulls
-    in that state. kept: those at which a frozen context was kept (T3). pending_end: outcome of a discarded context that
+    them (C5). lend: the lent branch this context belongs to. waits: task -> what it waits for, or has tried. handed:
+    mask of tasks that wait in a pool or service; room, source: of pulls in that state.
+    kept: those at which a frozen context was kept (T3). pending_end: outcome of a discarded context that
     is kept readable (E11). pulls: open loops and maps. arrived_at: the join that is ready on it, -1 for none; arrived:
     it waits there and no longer holds its parent. plain: nothing in here matters to an execution that returns its own
     context. released: task -> the execution that made it ready, where that is not the context's latest. holder: the
@@ -134,18 +135,14 @@ class More:
         "kept",
         "lend",
         "lends",
-        "limit",
         "pending_end",
         "plain",
         "pulls",
         "released",
-        "requests",
-        "retry",
         "room",
         "skipped",
         "source",
-        "timers",
-        "tries",
+        "waits",
         "why",
     )
 
@@ -154,11 +151,8 @@ class More:
         self.dead: dict[int, int] | None = None
         self.lends: dict[int, Lend] | None = None
         self.lend: Lend | None = None
-        self.tries: dict[int, tuple[int, float]] | None = None
-        self.requests: dict[int, LimitRequest] | None = None
-        self.timers: dict[int, Timer] | None = None
-        self.limit = self.retry = self.handed = 0
-        self.room = self.source = 0
+        self.waits: dict[int, Wait] | None = None
+        self.handed = self.room = self.source = 0
         self.kept = 0
         self.pending_end: str | None = None
         self.pulls: dict[int, Pull] | None = None
@@ -168,6 +162,103 @@ class More:
         self.holder: Context | None = None
         self.arrived = False
         self.why = ""
+
+    def wait_of(self, index: int) -> Wait | None:
+        """What is known of the waiting of a task, None if that never waited or it is long over."""
+        return self.waits.get(index) if self.waits is not None else None
+
+    def each_wait(self) -> tuple[Wait, ...]:
+        """Of all tasks of which something is known."""
+        return tuple(self.waits.values()) if self.waits else ()
+
+    def state_of_waits(self) -> int:
+        """The first state that a waiting task brings the context into; 0 if none waits."""
+        return min((wait.state for wait in self.each_wait() if wait.state), default=0)
+
+
+class Wait:
+    """A task of a context waits for permits, or has them reserved.
+
+    Most contexts that wait have nothing else that is rare, and there may be very many: then it stands in the place of
+    `More`, and whoever asks finds here that there is nothing else.
+
+    index: of the task. state: LIMIT_WAIT or RETRY_WAIT while it waits, 0 when its turn has come. on: its request, or
+    (`TimedWait`) the time at which it is due; None when that is over.
+    """
+
+    __slots__ = ("index", "on", "state")
+
+    failed: int = 0
+    skipped: Final = 0
+    dead: Final = None
+    lends: Final = None
+    lend: Final = None
+    handed: Final = 0
+    room: Final = 0
+    source: Final = 0
+    kept: Final = 0
+    pending_end: Final = None
+    pulls: Final = None
+    arrived_at: Final = -1
+    plain: Final = True
+    released: Final = None
+    holder: Final = None
+    arrived: Final = False
+    why: Final = ""
+
+    def __init__(self, index: int, on: LimitRequest | float | None = None) -> None:
+        self.index = index
+        self.on = on
+        self.state = 0
+
+    @property
+    def request(self) -> LimitRequest | None:
+        """What it has asked the limits for, and may have been granted."""
+        return None if isinstance(self.on, float) else self.on
+
+    def wait_of(self, index: int) -> Wait | None:
+        """As of `More`."""
+        return self if self.index == index else None
+
+    def each_wait(self) -> tuple[Wait, ...]:
+        """As of `More`."""
+        return (self,)
+
+    def state_of_waits(self) -> int:
+        """As of `More`."""
+        return self.state
+
+
+class TimedWait(Wait):
+    """A task waits for a time (C10, E6), or was tried before; the timer is itself (`TimerHeap.arm`).
+
+    context: whose, only while it waits for a time: else the two would keep each other alive. failed: attempts so far
+    that failed. first_started: the start of the first of them, seconds on the run's clock.
+    """
+
+    __slots__ = ("context", "failed", "first_started")
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.context: Context | None = None
+        self.failed = 0
+        self.first_started = 0.0
+
+    @property
+    def due(self) -> float | None:
+        """When it is ready again, seconds on the run's clock; None while no timer is set."""
+        return self.on if isinstance(self.on, float) else None
+
+    @due.setter
+    def due(self, when: float | None) -> None:
+        self.on = when
+
+    def fire(self, now: float) -> None:
+        """The time has come."""
+        context, self.context = self.context, None
+        assert context is not None
+        assert context._run is not None  # it was armed there
+        context._run.wait_is_over(context, self, now)
 
 
 class Lend:
@@ -264,15 +355,19 @@ class Scope:
 
 
 class Timer:
-    """Something that is due at `when`; `live` is cleared instead of searching the heap for it."""
+    """Something that is to be done at `when`; `due` is cleared instead of searching the heap for it."""
 
-    __slots__ = ("action", "argument", "live", "when")
+    __slots__ = ("action", "argument", "due", "when")
 
-    def __init__(self, when: float, action: Any, argument: Any) -> None:
+    def __init__(self, when: float, action: Callable[[Any, float], None], argument: Any) -> None:
         self.when = when
+        self.due: float | None = when
         self.action = action
         self.argument = argument
-        self.live = True
+
+    def fire(self, now: float) -> None:
+        """Does it."""
+        self.action(self.argument, now)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from obsdag.core.base import _KIND_INDEX, _QUEUED, more_of
 from obsdag.core.queue import IDLE, NEW
 from obsdag.core.records import Lend
+from obsdag.core.states import State
 
 if TYPE_CHECKING:
     from obsdag.context import Context
@@ -96,7 +97,7 @@ def _register(run: RunState, saved: Saved, now: float) -> None:
     if holder is not None:
         holder._holds += 1
     else:
-        context._ledger = ()
+        context._ledger = 0.0
         if saved.deadline is None and run.context_deadline is not None:  # it was not in a run yet, or is tried again
             saved.deadline = now + run.context_deadline
     if saved.deadline is not None:
@@ -140,16 +141,18 @@ def _take_place(run: RunState, saved: Saved, index: int) -> None:
 
 def _make_ready(run: RunState, saved: Saved, now: float) -> None:
     context = saved.context
-    if saved.skipped or saved.dead or saved.attempts:
+    if saved.skipped or saved.dead:
         more = more_of(context)
         more.skipped = saved.skipped
         more.dead = dict(saved.dead) or None
-        more.tries = {i: (failed, saved.first_try[i]) for i, failed in saved.attempts.items()} or None
+    for index, failed in saved.attempts.items():
+        tried = run._timed_wait(context, index)
+        tried.failed, tried.first_started = failed, saved.first_try[index]
     waiting = 0
     for index, (due, kind) in saved.waits.items():
         if due > now and not context._parked & run.plan.bit[index]:
             waiting |= run.plan.bit[index]
-            run._wait_for(context, index, due, kind, now)
+            run._wait_for(context, index, due, State[f"{kind.upper()}_WAIT"].value, now)
     run._offer(context, run._all_ready(context._done) & ~(context._parked | waiting), now)
 
 

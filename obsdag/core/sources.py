@@ -83,10 +83,8 @@ class Sources(Joins):
     def _wait_for_room(self, marker: LoopContext, now: float) -> None:
         """It keeps no permit from others meanwhile: those that take the room may wait for just that."""
         context, index = marker.pull.context, marker.pull.index
+        self._give_back(context, index, now)
         more = more_of(context)
-        request = more.requests.pop(index, None) if more.requests else None
-        if request is not None:
-            self.closings.extend(self.runtime.limits.release(request, now, unused=True))
         more.room |= self.plan.bit[index]
         self.rooms.append(marker)
         self._restate(context, now)
@@ -103,12 +101,12 @@ class Sources(Joins):
 
     def _permit_for(self, context: Context, index: int, now: float) -> None:
         """The permits that a task or a pull waited for are there."""
-        more = more_of(context)
-        pull = more.pulls.get(index) if more.pulls else None
+        more = context._more
+        pull = more.pulls.get(index) if more is not None and more.pulls else None
         if pull is None:
             super()._permit_for(context, index, now)
         else:
-            more.source |= self.plan.bit[index]
+            more_of(context).source |= self.plan.bit[index]
             context._parked |= self.plan.bit[index]
             self.queue.loop.appendleft(pull.marker)
             self._restate(context, now)
@@ -290,8 +288,8 @@ class Sources(Joins):
         more = other._more
         kept = more.kept if more is not None else 0
         returns = lend is not None and more is not None and more.lends is not None and lend in more.lends.values()
-        if more is not None and kept:
-            more.kept = 0
+        if kept:
+            more_of(other).kept = 0
             other._done |= kept
             for task in indices(kept):
                 if other._outcome is None:

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from obsdag.context import Context, LoopContext, OutputContext, RateLimitContext, StopContext
-from obsdag.core.base import _DISCARDED, _QUEUED, _RUNNING, alive, more_of
+from obsdag.core.base import _DISCARDED, _LIMIT_WAIT, _QUEUED, _RETRY_WAIT, _RUNNING, alive, more_of, wait_of
 from obsdag.core.critical import critical_path
 from obsdag.core.queue import IDLE, VISITED
-from obsdag.core.records import CriticalStep, Execution
+from obsdag.core.records import CriticalStep, Execution, TimedWait
 from obsdag.core.sources import Sources
 from obsdag.errors import ExecutionTimeout, TaskError
 from obsdag.plan import indices
@@ -64,8 +64,8 @@ class RunState(Sources):
                     continue
             attempt = 1
             more = context._more
-            if more is not None and more.tries is not None and index in more.tries:
-                attempt += more.tries[index][0]
+            if more is not None and (wait := more.wait_of(index)) is not None:
+                attempt += wait.failed
             execution = self.execution_class.begun(context, plan.tasks[index], index, attempt, now, worker)
             execution.grant = grant
             if self.recording:
@@ -242,7 +242,7 @@ class RunState(Sources):
                 output.context, output._id = context, context.id
             self._output(context, now, output)
         elif kept and delay is not None:
-            self._wait_for(context, index, now + delay, "limit", now)
+            self._wait_for(context, index, now + delay, _LIMIT_WAIT, now)
             if self.facts.limit_deferred is not None:
                 self.facts.limit_deferred(context, execution.task, execution.task.id, now)
         else:
@@ -318,8 +318,8 @@ class RunState(Sources):
 
     def _complete_own(self, context: Context, index: int, now: float) -> None:
         more = context._more
-        if more is not None:
-            more.kept &= ~self.plan.bit[index]
+        if more is not None and more.kept:
+            more_of(context).kept &= ~self.plan.bit[index]
         if not (self.plan.joins & self.plan.bit[index] and context._done & self.plan.bit[index]):
             self._complete(context, index, now)
 
@@ -346,13 +346,13 @@ class RunState(Sources):
 
     def _retry(self, execution: Execution, error: BaseException, delay: float, now: float) -> None:
         context, index = execution.context, execution.index
-        more = more_of(context)
-        if more.tries is None:
-            more.tries = {}
-        failed, first_started = more.tries.get(index, (0, execution.started))
-        more.tries[index] = failed + 1, first_started
+        wait = self._timed_wait(context, index)
+        if not wait.failed:
+            wait.first_started = execution.started
+        wait.failed += 1
         self.retries_total += 1
         if self.recording:
+            more = more_of(context)
             if more.released is None:
                 more.released = {}
             more.released[index] = execution
@@ -360,17 +360,15 @@ class RunState(Sources):
             self.facts.retry_scheduled(execution, error, delay, now)
         if execution.abandoned:
             self._unreturned[execution] = None
-            self._park(context, more, index, "retry")
+            self._park(context, wait, _RETRY_WAIT)
             execution.retry_at = now + delay
         else:
-            self._wait_for(context, index, now + delay, "retry", now)
+            self._wait_for(context, index, now + delay, _RETRY_WAIT, now)
 
     def first_started(self, execution: Execution) -> float:
         """When the first attempt of this task on this context started (run clock), for a cap on total time."""
-        more = execution.context._more
-        if more is None or more.tries is None:
-            return execution.started
-        return more.tries.get(execution.index, (0, execution.started))[1]
+        wait = wait_of(execution.context, execution.index)
+        return wait.first_started if isinstance(wait, TimedWait) and wait.failed else execution.started
 
     def returned(self, execution: Execution, now: float) -> None:
         """An abandoned execution has really returned: its permits come back, and a retry may start (T13)."""
@@ -378,9 +376,10 @@ class RunState(Sources):
         execution.abandoned = False
         self._unreturned.pop(execution, None)
         self._release_grant(execution, now)
-        if execution.retry_at is not None and alive(context) and more_of(context).retry & self.plan.bit[index]:
-            self._unpark(context, more_of(context), index, "retry")
-            self._wait_for(context, index, execution.retry_at, "retry", now)
+        wait = wait_of(context, index)
+        if execution.retry_at is not None and alive(context) and wait is not None and wait.state == _RETRY_WAIT:
+            self._unpark(context, wait)
+            self._wait_for(context, index, execution.retry_at, _RETRY_WAIT, now)
             self._schedule(context, now)
         self._settle_all(now)
 
@@ -422,8 +421,8 @@ class RunState(Sources):
 
     def _wait_over(self, execution: Execution, now: float) -> None:
         more = execution.context._more
-        if more is not None and execution.outcome is None:
-            more.handed &= ~self.plan.bit[execution.index]
+        if more is not None and more.handed and execution.outcome is None:
+            more_of(execution.context).handed &= ~self.plan.bit[execution.index]
             self._restate(execution.context, now)
 
     # --- from outside

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from obsdag.core.base import _DISCARDED, alive, more_of
+from obsdag.core.base import _DISCARDED, _LIMIT_WAIT, alive, more_of, wait_of
 from obsdag.core.lifecycle import Lifecycle
 from obsdag.core.queue import QUEUED
-from obsdag.core.records import Execution, More
+from obsdag.core.records import Execution, More, TimedWait, Wait
 
 if TYPE_CHECKING:
     from obsdag.context import Context
@@ -22,27 +22,22 @@ class Waits(Lifecycle):
 
     idle_at: float | None = None
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._fired = self._timer_fired  # bound once: each timer has it
-
     # --- limits (T7)
 
     def _admit(self, context: Context, index: int, now: float) -> tuple[bool, LimitRequest | None]:
         """Whether the task may start: all its permits are taken together, or it waits in line for them."""
-        more = context._more
-        if more is not None and more.requests is not None:
-            request = more.requests.pop(index, None)
-            if request is not None:
-                return True, request
-        request = self.runtime.limits.request(self, (context, index), self.limits[index], now)
+        wait = wait_of(context, index)
+        if wait is not None and (reserved := wait.request) is not None:
+            self._forget_wait(context, wait)
+            return True, reserved
+        request = self.runtime.limits.request(self, context, self.limits[index], now)
         if request.granted:
             return True, request
-        more = more_of(context)
-        if more.requests is None:
-            more.requests = {}
-        more.requests[index] = request
-        self._park(context, more, index, "limit")
+        if wait is None:
+            wait = Wait(index)
+            self._keep_wait(context, wait)
+        wait.on = request
+        self._park(context, wait, _LIMIT_WAIT)
         self.waiting_limits += 1
         if self.facts.limit_deferred is not None:
             assert request.blocking is not None
@@ -61,17 +56,19 @@ class Waits(Lifecycle):
             self._permit_came(self._grants.popleft(), now)
 
     def _permit_came(self, request: LimitRequest, now: float) -> None:
-        context, index = cast("tuple[Context, int]", request.key)
-        more = context._more
-        if more is None or more.requests is None or more.requests.get(index) is not request:
+        context = cast("Context", request.key)
+        waits = () if context._more is None else context._more.each_wait()
+        wait = next((wait for wait in waits if wait.on is request), None)
+        if wait is None:
             self.closings.extend(self.runtime.limits.release(request, now, unused=True))
             return
         self.waiting_limits -= 1
-        self._unpark(context, more, index, "limit")
-        if self.facts.limit_granted is not None and request.limits:
-            name = self.limiter_names.get(request.blocking or request.limits[0], "")
-            self.facts.limit_granted(context, self.plan.tasks[index], name, now - request.asked_at, now)
-        self._permit_for(context, index, now)
+        self._unpark(context, wait)
+        if self.facts.limit_granted is not None:
+            assert request.blocking is not None
+            name = self.limiter_names.get(request.blocking, "")
+            self.facts.limit_granted(context, self.plan.tasks[wait.index], name, now - request.asked_at, now)
+        self._permit_for(context, wait.index, now)
 
     def _permit_for(self, context: Context, index: int, now: float) -> None:
         """The permits that a task waited for are there: it is ready."""
@@ -87,50 +84,84 @@ class Waits(Lifecycle):
 
     # --- parking
 
-    def _park(self, context: Context, more: More, index: int, kind: str) -> None:
-        bit = self.plan.bit[index]
-        setattr(more, kind, getattr(more, kind) | bit)
-        context._parked |= bit
+    def _keep_wait(self, context: Context, wait: Wait) -> None:
+        if context._more is None:
+            context._more = wait
+            return
+        more = more_of(context)
+        if more.waits is None:
+            more.waits = {}
+        more.waits[wait.index] = wait
+
+    def _forget_wait(self, context: Context, wait: Wait) -> None:
+        """It waits for nothing any more, and reserves nothing; what it has tried is remembered."""
+        wait.on = None
+        if wait.failed:
+            return
+        if context._more is wait:
+            context._more = None
+        else:
+            waits = more_of(context).waits
+            assert waits is not None
+            del waits[wait.index]
+
+    def _park(self, context: Context, wait: Wait, state: int) -> None:
+        wait.state = state
+        context._parked |= self.plan.bit[wait.index]
         context._holds += 1
         if not context._executions:
             context._executions = None  # many may wait for long: 56 bytes each
 
-    def _unpark(self, context: Context, more: More, index: int, kind: str) -> None:
-        bit = self.plan.bit[index]
-        setattr(more, kind, getattr(more, kind) & ~bit)
+    def _unpark(self, context: Context, wait: Wait) -> None:
+        wait.state = 0
         context._holds -= 1
         self._recompute_parked(context)
 
     # --- timers and retries (C10, E6)
 
-    def _wait_for(self, context: Context, index: int, when: float, kind: str, now: float) -> None:
+    def _timed_wait(self, context: Context, index: int) -> TimedWait:
+        """What is known of a task that is to wait for a time, or is tried again."""
+        wait = wait_of(context, index)
+        if isinstance(wait, TimedWait):
+            return wait
+        wait = TimedWait(index)
+        self._keep_wait(context, wait)
+        return wait
+
+    def _wait_for(self, context: Context, index: int, when: float, state: int, now: float) -> None:
         """Parks a task until `when`; at once ready if that has come."""
         if when <= now:
             self._offer_again(context, index)
             return
-        more = more_of(context)
-        if more.timers is None:
-            more.timers = {}
-        self._park(context, more, index, kind)
-        more.timers[index] = self.timers.set(when, self._fired, (context, index, kind))
+        wait = self._timed_wait(context, index)
+        self._park(context, wait, state)
+        wait.context = context
+        self.timers.arm(wait, float(when))
         self.dirty = True
 
     def _wait_no_more(self, context: Context, index: int, now: float) -> None:
         """The task was completed for the context by another's execution: what it waits for or has reserved is given
         back.
         """
-        more, bit = context._more, self.plan.bit[index]
-        if more is None:
-            return
-        request = more.requests.pop(index, None) if more.requests else None
-        timer = more.timers.pop(index, None) if more.timers else None
-        if timer is not None:
-            self.timers.cancel(timer)
+        wait = wait_of(context, index)
+        if wait is not None:
+            parked = wait.state
+            self._end_wait(context, wait, now)
+            if parked:
+                self._recompute_parked(context)
+
+    def _end_wait(self, context: Context, wait: Wait, now: float) -> None:
+        request, state = wait.request, wait.state
+        if isinstance(wait, TimedWait):
+            self.timers.cancel(wait)
+            wait.context = None
+        if state:
+            wait.state = 0
+            context._holds -= 1
+        self._forget_wait(context, wait)
         if request is not None:
-            self.waiting_limits -= 1 if more.limit & bit else 0
+            self.waiting_limits -= 1 if state else 0
             self.closings.extend(self.runtime.limits.release(request, now, unused=True))
-        if (more.limit | more.retry) & bit:
-            self._unpark(context, more, index, "limit" if more.limit & bit else "retry")
 
     def _offer_again(self, context: Context, index: int) -> None:
         bit = self.plan.bit[index]
@@ -140,13 +171,11 @@ class Waits(Lifecycle):
         if not context._running & bit and (fires or not (branches or context._done & bit)):  # not lent meanwhile (C5)
             context._ready |= bit
 
-    def _timer_fired(self, what: tuple[Context, int, str], now: float) -> None:
-        context, index, kind = what
-        more = more_of(context)
-        assert more.timers is not None  # an end cancels them
-        del more.timers[index]
-        self._unpark(context, more, index, kind)
-        self._offer_again(context, index)
+    def wait_is_over(self, context: Context, wait: TimedWait, now: float) -> None:
+        """The time that a task waited for has come."""
+        self._forget_wait(context, wait)
+        self._unpark(context, wait)
+        self._offer_again(context, wait.index)
         self._schedule(context, now)
         self._settle_all(now)
 
@@ -162,7 +191,7 @@ class Waits(Lifecycle):
         """Does what is due at `now`."""
         self.cause = None
         while (timer := self.timers.pop_due(now)) is not None:
-            timer.action(timer.argument, now)
+            timer.fire(now)
         if self.waiting_limits:
             self.runtime.limits.advance(now)
         if self.idle_at is not None and self.idle_at <= now:
@@ -187,12 +216,17 @@ class Waits(Lifecycle):
         """A frozen context keeps no permit from others: it asks again when it is thawed. Else contexts that wait for
         its permits, and the run that waits for them, could wait for ever (E8).
         """
-        more = context._more
-        if more is not None and more.requests:
-            for index, request in list(more.requests.items()):
-                if not more.limit & self.plan.bit[index]:
-                    del more.requests[index]
-                    self.closings.extend(self.runtime.limits.release(request, now, unused=True))
+        for wait in () if context._more is None else context._more.each_wait():
+            if not wait.state:
+                self._give_back(context, wait.index, now)
+
+    def _give_back(self, context: Context, index: int, now: float) -> None:
+        """What a task has reserved goes to others."""
+        wait = wait_of(context, index)
+        request = None if wait is None else wait.request
+        if wait is not None and request is not None:
+            self._forget_wait(context, wait)
+            self.closings.extend(self.runtime.limits.release(request, now, unused=True))
 
     def thaw(self, context: Context, now: float) -> None:
         """Ends the freeze: what was kept undecided is dropped, the rest goes on."""
@@ -205,7 +239,7 @@ class Waits(Lifecycle):
         more = context._more
         if more is not None and more.kept:
             task = self.tasks[(more.kept & -more.kept).bit_length() - 1]
-            more.kept = 0
+            more_of(context).kept = 0
             self._discard(context, now, task)
         self._schedule(context, now)
 
@@ -228,10 +262,8 @@ class Waits(Lifecycle):
         """
         if self.active or self.queue or self.timers.armed or self.waiting_limits:
             return True
-        return any(
-            alive(execution.context) and more_of(execution.context).retry & self.plan.bit[execution.index]
-            for execution in self._unreturned
-        )
+        waits = (wait_of(each.context, each.index) for each in self._unreturned if alive(each.context))
+        return any(wait.state for wait in waits if wait is not None)
 
     def rest(self, now: float) -> None:
         """Called by the shell when no worker has anything to do: starts or stops waiting for frozen contexts."""
@@ -255,18 +287,12 @@ class Waits(Lifecycle):
     # --- giving back
 
     def _close_more(self, context: Context, outcome: str, now: float) -> None:
-        more = more_of(context)
-        for timer in (more.timers or {}).values():
-            self.timers.cancel(timer)
-        context._holds -= (more.limit | more.retry).bit_count()
-        more.timers = None
-        requests, more.requests = more.requests, None
-        for index, request in (requests or {}).items():
-            if more.limit & self.plan.bit[index]:
-                self.waiting_limits -= 1
-            self.closings.extend(self.runtime.limits.release(request, now, unused=True))
-        more.limit = more.retry = 0
-        self._close_sources(context, more, outcome, now)
+        more = context._more
+        assert more is not None
+        for wait in more.each_wait():
+            self._end_wait(context, wait, now)
+        if type(more) is More:
+            self._close_sources(context, more, outcome, now)
 
     def _close_sources(self, context: Context, more: More, outcome: str, now: float) -> None:
         raise NotImplementedError  # the layer of sources does

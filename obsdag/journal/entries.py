@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from obsdag.core.base import _DISCARDED
+from obsdag.core.records import TimedWait
+from obsdag.core.states import State
 from obsdag.errors import EncodingError
 from obsdag.journal.codec import Body, Failed, Rare, pack_mask
 from obsdag.journal.schema import Cells, sealed
 
 if TYPE_CHECKING:
     from obsdag.context import Context
-    from obsdag.core.records import More
+    from obsdag.core.records import More, Wait
     from obsdag.plan import Plan
 
 __all__ = ["Entry", "describe_plan", "failed_of", "is_on_trial", "row_of"]
 
 _encode = msgspec.msgpack.Encoder().encode
 _TEXT: Final = 4_000
+_WAITS: Final = {State.RETRY_WAIT.value: "retry", State.LIMIT_WAIT.value: "limit"}
 
 
 class Entry(msgspec.Struct, eq=False, gc=False):
@@ -93,15 +96,16 @@ def row_of(context: Context, plan: int, at_source: int | bytes, epoch: float, no
     return sealed((entry.key, context.id, plan, parent, entry.tree, lend, outcome, ended, body, data))
 
 
-def _rare(context: Context, more: More | None, epoch: float, deadline: float | None) -> Rare:
+def _rare(context: Context, more: More | Wait | None, epoch: float, deadline: float | None) -> Rare:
     if more is None:
         return Rare(frozen=context._frozen, deadline=deadline)
+    timed = [wait for wait in more.each_wait() if isinstance(wait, TimedWait)]
     return Rare(
         pack_mask(more.skipped),
         {index: pack_mask(mask) for index, mask in (more.dead or {}).items()},
-        {index: failed for index, (failed, _) in (more.tries or {}).items()},
-        {index: first + epoch for index, (_, first) in (more.tries or {}).items()},
-        {index: (timer.when + epoch, timer.argument[2]) for index, timer in (more.timers or {}).items()},
+        {wait.index: wait.failed for wait in timed if wait.failed},
+        {wait.index: wait.first_started + epoch for wait in timed if wait.failed},
+        {wait.index: (wait.due + epoch, _WAITS[wait.state]) for wait in timed if wait.due is not None},
         [(lend.index, lend.mapped, lend.pulling) for lend in (more.lends or {}).values()],
         {index: pull.items for index, pull in (more.pulls or {}).items()},
         context._frozen and not more.kept,

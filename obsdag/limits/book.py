@@ -50,11 +50,11 @@ class LimitBook:
         """
         if len(limits) > 1:
             limits = tuple(dict.fromkeys(limits))
-        request = LimitRequest(owner, key, limits, now)
         news = None
         with self._lock:
+            ledgers = self._sets.get(limits) or self._opened_all(limits)
+            request = LimitRequest(owner, key, ledgers, now)
             now = self._see(now)
-            ledgers = request._ledgers = self._sets.get(limits) or self._opened_all(limits)
             for ledger in ledgers:
                 if ledger.line or ledger.ready_at() > now:
                     self._line_up(request, now)
@@ -80,7 +80,7 @@ class LimitBook:
                 request.granted = False
                 for ledger in request._ledgers:
                     closings = [*closings, *gone] if (gone := ledger.put(request, unused)) else closings
-            elif request._waits:
+            elif request._number:
                 self._leave_lines(request)
             for ledger in request._ledgers:
                 if ledger.line:
@@ -141,8 +141,8 @@ class LimitBook:
         being made, tell the result first and release afterwards.)
         """
         with self._lock:
-            if request.granted and request.resources.get(pool) is MAKE:
-                request.resources[pool] = item
+            if request.granted and _is_making(request, pool):
+                request._take(pool, item)
                 return True
             ledger = self._ledgers.get(pool)
             return ledger is not None and ledger.adopt(item)
@@ -150,7 +150,7 @@ class LimitBook:
     def resource_failed(self, request: LimitRequest, pool: ResourcePool, now: float) -> None:
         """The item for which MAKE stood cannot be made: its place is free again, other permits are kept."""
         with self._lock:
-            if not request.granted or request.resources.get(pool) is not MAKE:
+            if not request.granted or not _is_making(request, pool):
                 return
             ledger = self._ledgers[pool]
             ledger.put(request, unused=True)
@@ -208,13 +208,12 @@ class LimitBook:
     def _line_up(self, request: LimitRequest, now: float) -> None:
         self._asked += 1
         request._number = self._asked
-        request._waits = True
         for ledger in request._ledgers:
             ledger.line_up(request)
         self._consider(request, now)
 
     def _leave_lines(self, request: LimitRequest) -> None:
-        request._waits = False
+        request._number = 0
         self._timed.pop(request, None)
         for ledger in request._ledgers:
             ledger.leave()
@@ -259,6 +258,10 @@ def _hand_over(request: LimitRequest, now: float) -> None:
         ledger.take(request, now)
     request.granted = True
     request.granted_at = now
+
+
+def _is_making(request: LimitRequest, pool: ResourcePool) -> bool:
+    return request._taken is not None and request._taken.get(pool) is MAKE
 
 
 def _tell(news: list[_News]) -> None:

@@ -54,10 +54,10 @@ class Ledger(ABC):
         """One of the line does not wait any more; its entry is dropped when it is first, or when most have left."""
         self.waiting -= 1
         line = self.line
-        while line and not line[0]._waits:
+        while line and not line[0]._number:
             line.popleft()
         if len(line) > 64 and self.waiting * 2 < len(line):
-            self.line = deque([request for request in line if request._waits])
+            self.line = deque([request for request in line if request._number])
 
     def take(self, request: LimitRequest, now: float) -> None:
         """Hand a permit to `request`, at or after `ready_at`."""
@@ -152,14 +152,12 @@ class _RateLedger(Ledger):
         self._count += 1
         self._last += 1
         self.held += 1
-        if request._permits is None:
-            request._permits = {}
-        request._permits[self] = self._last
+        request._take(self.limit, self._last)
 
     def put(self, request: LimitRequest, unused: bool) -> Sequence[Closing]:
         self.held -= 1
-        if unused and request._permits is not None:
-            self._give_back(request._permits[self])
+        if unused and request._taken is not None:
+            self._give_back(request._taken[self.limit])
         return ()
 
     def _give_back(self, number: int) -> None:
@@ -220,10 +218,10 @@ class _PoolLedger(Ledger):
             request._take(self._pool, MAKE)
 
     def put(self, request: LimitRequest, unused: bool) -> Sequence[Closing]:
-        if self._pool not in request.resources:  # could not be made; its place was given back then
+        if request._taken is None or self._pool not in request._taken:  # not made; its place was given back then
             return ()
         self.held -= 1
-        item = request.resources.pop(self._pool)
+        item = request._taken.pop(self._pool)
         if item is MAKE:
             self._made -= 1
             return ()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+
+from obsdag.limits.definitions import Limit, ResourcePool
 
 if TYPE_CHECKING:
-    from obsdag.limits.definitions import Limit, ResourcePool
     from obsdag.limits.ledgers import Ledger
 
 __all__ = ["Closing", "Kind", "LimitOwner", "LimitRequest", "LimitStatus"]
@@ -16,8 +16,6 @@ __all__ = ["Closing", "Kind", "LimitOwner", "LimitRequest", "LimitStatus"]
 Kind = Literal["rate", "concurrency", "pool"]
 Closing = tuple[Callable[[Any], Any], Any]
 """A pool's `close` and the item that it has to be called with."""
-
-_NO_RESOURCES: Final[Any] = MappingProxyType({})  # one for all: an empty dict of its own is 64 bytes
 
 
 class LimitOwner(Protocol):
@@ -37,47 +35,42 @@ class LimitOwner(Protocol):
 class LimitRequest:
     """One wish for permits of all `limits`. Anybody may read it; only the book changes it.
 
-    owner, key: who asks, and what for (opaque to the book). limits: each once.
+    owner, key: who asks, and what for (opaque to the book).
     granted: holds its permits now. blocking: the limit that it waits for, afterwards the one that it waited for last;
     None if it was granted at once.
     asked_at, granted_at: seconds; `granted_at` is nan until then.
-    resources: while granted, the item of each pool, or MAKE where the owner has to make it (`LimitBook.resource_made`).
     """
 
-    __slots__ = (
-        "_ledgers",
-        "_number",
-        "_permits",
-        "_waits",
-        "asked_at",
-        "blocking",
-        "granted",
-        "granted_at",
-        "key",
-        "limits",
-        "owner",
-        "resources",
-    )
+    __slots__ = ("_ledgers", "_number", "_taken", "asked_at", "blocking", "granted", "granted_at", "key", "owner")
 
-    def __init__(self, owner: LimitOwner, key: object, limits: tuple[Limit, ...], now: float) -> None:
+    def __init__(self, owner: LimitOwner, key: object, ledgers: tuple[Ledger, ...], now: float) -> None:
         self.owner = owner
         self.key = key
-        self.limits = limits
         self.granted = False
         self.blocking: Limit | None = None
         self.asked_at = now
         self.granted_at = math.nan
-        self.resources: dict[ResourcePool, Any] = _NO_RESOURCES
-        self._ledgers: tuple[Ledger, ...] = ()
-        self._waits = False
-        self._number = 0  # the place in the order of asking, of one that has to wait
-        self._permits: dict[Ledger, int] | None = None  # numbers of rate permits, for giving them back unused
+        self._ledgers = ledgers
+        self._number = 0  # the place in the order of asking, while it waits
+        # Of a pool its item, of a rate the number of its permit, for giving that back unused.
+        self._taken: dict[Limit, Any] | None = None
 
-    def _take(self, pool: ResourcePool, item: Any) -> None:
-        """It has an item of `pool`, or MAKE for one."""
-        if self.resources is _NO_RESOURCES:
-            self.resources = {}
-        self.resources[pool] = item
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """What it is for, each once."""
+        return tuple([ledger.limit for ledger in self._ledgers])
+
+    @property
+    def resources(self) -> dict[ResourcePool, Any]:
+        """While granted, the item of each pool, or MAKE where the owner has to make it (`LimitBook.resource_made`)."""
+        taken = self._taken
+        return {limit: taken[limit] for limit in taken if isinstance(limit, ResourcePool)} if taken else {}
+
+    def _take(self, limit: Limit, what: Any) -> None:
+        """It was given something that it has to give back."""
+        if self._taken is None:
+            self._taken = {}
+        self._taken[limit] = what
 
 
 class LimitStatus(TypedDict):

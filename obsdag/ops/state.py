@@ -403,9 +403,9 @@ def _timers(shells: list[RunShell]) -> dict[str, Any]:
     armed, next_in = 0, None
     for shell in shells:
         armed += shell.run.timers_armed
-        due = [entry[0] for entry in list(shell.run.timers._heap) if entry[2].live]
-        if due:
-            left = max(min(due) - shell.clock(), 0.0)
+        due = shell.run.timers.soonest()
+        if due is not None:
+            left = max(due - shell.clock(), 0.0)
             next_in = left if next_in is None else min(next_in, left)
     return {"armed": armed, "next_in_s": next_in}
 

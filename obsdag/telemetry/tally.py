@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import add
 from time import perf_counter
 from types import SimpleNamespace
@@ -48,6 +48,7 @@ SAMPLE_EVERY: Final = 61
 """One in so many ends of contexts is timed; a prime, so that no pattern always shows the same one."""
 
 _RUNNING: Final = State.RUNNING.value
+_QUEUED: Final = State.QUEUED.value
 _NOBODYS: Final[Any] = SimpleNamespace(index=-1, started=0.0, ended=0.0)
 _BAD_OUTCOMES: Final = tuple(outcome for outcome in EXECUTION_OUTCOMES if outcome != "success")
 
@@ -308,8 +309,11 @@ class MetricsObserver(JournalTally):
                 seconds[execution.index] += execution.ended - execution.started
             execution = execution.released_by
 
-    def _count_waits(self, ledger: Sequence[float]) -> float:
+    def _count_waits(self, ledger: float | list[float]) -> float:
         into = self._ledger_s
+        if not isinstance(ledger, list):
+            into[_QUEUED] += ledger
+            return ledger
         for state, seconds in enumerate(ledger):
             if seconds:
                 into[state] += seconds

@@ -71,7 +71,7 @@ def a_finished_root(run: RunState, length: int = 10) -> tuple[Context, Execution
         following = Execution.begun(root, run.plan.tasks[1], 1 + number % 5, 1, float(number), 0)
         following.ended, following.outcome = number + 0.02, "success"
         following.released_by, execution = execution, following
-    root._ledger = [0.0, 0.0, 0.1, *[0.0] * 9]
+    root._ledger = 0.1
     root._maker = execution
     assert execution is not None
     return root, execution

@@ -9,7 +9,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from obsdag import Context
 from obsdag.core.queue import CONTINUING, IDLE, NEW, ContextQueue, TimerHeap
-from obsdag.core.records import Timer
 
 
 @pytest.mark.parametrize("lane", [CONTINUING, NEW])
@@ -95,44 +94,58 @@ class LanesAgainstLists(RuleBasedStateMachine):
         assert bool(self.queue) == bool(self.continuing or self.new)
 
 
+class Alarm:
+    """Something that can be armed again, unlike a `Timer`."""
+
+    due: float | None = None
+
+    def fire(self, now: float) -> None:
+        """Nobody calls it here."""
+
+
 class TimersAgainstList(RuleBasedStateMachine):
-    """A list of those that are armed, in the order in which they were set."""
+    """A list of those that are armed, with their times, in the order in which they were armed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.heap = TimerHeap()
-        self.armed: list[Timer] = []
+        self.armed: list[tuple[float, Alarm]] = []
+        self.idle: list[Alarm] = []
         self.now = 0.0
 
     @rule(delays=st.lists(st.integers(0, 9), min_size=1, max_size=40))
-    def set(self, delays: list[int]) -> None:
-        self.armed += [self.heap.set(self.now + delay, _nothing, None) for delay in delays]
+    def arm(self, delays: list[int]) -> None:
+        for delay in delays:
+            alarm = self.idle.pop() if self.idle else Alarm()
+            self.heap.arm(alarm, self.now + delay)
+            self.armed.append((self.now + delay, alarm))
 
     @precondition(lambda self: self.armed)
     @rule(data=st.data(), share=st.integers(1, 4))
     def cancel(self, data: st.DataObject, share: int) -> None:
-        for timer in self.armed[data.draw(st.integers(0, share - 1)) :: share]:
-            self.heap.cancel(timer)
-            self.heap.cancel(timer)
-            self.armed.remove(timer)
+        for when, alarm in self.armed[data.draw(st.integers(0, share - 1)) :: share]:
+            self.heap.cancel(alarm)
+            self.heap.cancel(alarm)
+            self.armed.remove((when, alarm))
+            self.idle.append(alarm)
 
     @rule(passed=st.integers(0, 5))
     def fire(self, passed: int) -> None:
         self.now += passed
-        due = sorted((timer for timer in self.armed if timer.when <= self.now), key=lambda timer: timer.when)
-        for timer in due:
-            assert self.heap.pop_due(self.now) is timer
-            self.armed.remove(timer)
+        due = sorted((each for each in self.armed if each[0] <= self.now), key=lambda each: each[0])
+        for each in due:
+            assert self.heap.pop_due(self.now) is each[1]
+            assert each[1].due is None
+            self.armed.remove(each)
+            self.idle.append(each[1])
         assert self.heap.pop_due(self.now) is None
 
     @invariant()
     def knows_the_next(self) -> None:
         assert self.heap.armed == len(self.armed)
-        assert self.heap.next_due() == min((timer.when for timer in self.armed), default=None)
-
-
-def _nothing(_: object, now: float) -> None:
-    """What a timer does here."""
+        soonest = min((when for when, _ in self.armed), default=None)
+        assert self.heap.soonest() == soonest
+        assert self.heap.next_due() == soonest
 
 
 LanesAgainstLists.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

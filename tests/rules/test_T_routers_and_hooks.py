@@ -589,7 +589,7 @@ async def test_T13_its_permits_come_back_only_when_it_has_really_returned(engine
     dag, stuck = DAG(), Stuck()
     settings: dict[str, Any] = {"limiter": ConcurrencyLimit(1)} if limit == "limiter" else {"parallel_num": 1}
     dag.task(stuck.stay, name="stay", timeout=0.02, **settings)
-    asyncio.get_running_loop().call_later(0.06, stuck.go.set)
+    asyncio.get_running_loop().call_later(0.3, stuck.go.set)
     result = await engine.run(dag, [{}, {}, {}])
     assert stuck.most == 1
     assert result.counts["failed"] >= 1
