@@ -213,7 +213,7 @@ class DeferredTracer(Keeper):
         more.outcome, more.ended, more.ledger = outcome, now, context.ledger
         if root.kept or not plain:
             more.critical = frozenset(
-                (each.context._id, each.index, each.started) for each in critical_executions(context)
+                [(each.context._id, each.index, each.started) for each in critical_executions(context)]
             )
 
     def _note_tail(self, executions: list[Execution]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.trace import StatusCode
 
-from obsdag.telemetry.kept_span import KeptSpan, Shared, link_of
+from obsdag.telemetry.kept_span import UNSET, KeptSpan, Shared, link_of
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
@@ -32,6 +32,7 @@ MAX_CACHED: Final = 4_096
 _HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200  # SpanFlags
 _times = struct.Struct("<BQBQ").pack
 _flags = struct.Struct("<BBI").pack
+_PLAIN_END: Final = b"\x7a\x00" + _flags(0x85, 0x01, _HAS_IS_REMOTE)  # no status, a parent of this process
 _double = struct.Struct("<Bd").pack
 _fixed64 = struct.Struct("<BQ").pack
 _fixed32 = struct.Struct("<BI").pack
@@ -90,49 +91,58 @@ def _span(span: ReadableSpan) -> bytes:
         *(_field(0x6A, _link(link)) for link in span.links),
         _number(0x70, span.dropped_links),
     )
-    ids, times = (context.trace_id, context.span_id, context.trace_state), (span.start_time, span.end_time)
-    return _fields(ids, span.parent, span.name, span.kind, times, span.events, span.status, rest)
+    parts = [
+        b"\x0a\x10",
+        context.trace_id.to_bytes(16, "big"),
+        b"\x12\x08",
+        context.span_id.to_bytes(8, "big"),
+        _times(0x39, span.start_time, 0x41, span.end_time),
+        _name(span.name, span.kind),
+        *rest,
+    ]
+    _add_seldom(parts, context.trace_state, span.parent, span.events, span.status)
+    return b"".join(parts)
 
 
 def _kept(span: KeptSpan) -> bytes:
     """The same, from what a span of ours has before it is whole."""
-    rest = (
-        span.shared.encoded if span.shared.encoded is not None else _shared(span.shared),
+    shared, above = span.shared, span.above
+    parts = [
+        b"\x0a\x10",
+        span.trace_id.to_bytes(16, "big"),
+        b"\x12\x08",
+        span.span_id.to_bytes(8, "big"),
+        _times(0x39, span.began_ns, 0x41, span.ended_ns),
+        shared.encoded if shared.encoded is not None else _shared(shared),
         _attributes(0x4A, span.own),
-        *[_lead(*each) if isinstance(each, tuple) else _field(0x6A, _link(each)) for each in span.leads],
-    )
-    ids, times = (span.trace_id, span.span_id, span.state), (span.began_ns, span.ended_ns)
-    return _fields(ids, span.above, span.title, span.sort, times, span.happened, span.result, rest)
+    ]
+    for each in span.leads:
+        parts.append(_lead(*each) if isinstance(each, tuple) else _field(0x6A, _link(each)))
+    if above is not None and not (span.state or span.happened or above.is_remote) and span.result is UNSET:
+        parts += b"\x22\x08", above.span_id.to_bytes(8, "big"), _PLAIN_END
+    else:
+        _add_seldom(parts, span.state, above, span.happened, span.result)
+    return b"".join(parts)
 
 
-def _fields(
-    ids: tuple[int, int, TraceState | None],
+def _name(name: str, kind: SpanKind) -> bytes:
+    return _text(0x2A, name) + b"\x30" + bytes((kind.value + 1,))
+
+
+def _add_seldom(
+    parts: list[bytes],
+    state: TraceState | None,
     parent: SpanContext | None,
-    name: str,
-    kind: SpanKind,
-    times_ns: tuple[int, int],
     events: Iterable[Event],
     status: Status,
-    rest: Iterable[bytes],
-) -> bytes:
-    trace_id, span_id, state = ids
-    start_ns, end_ns = times_ns
-    parts = (
-        b"\x0a\x10",
-        trace_id.to_bytes(16, "big"),
-        b"\x12\x08",
-        span_id.to_bytes(8, "big"),
-        _text(0x1A, _state(state)) if state else b"",
-        b"\x22\x08" + parent.span_id.to_bytes(8, "big") if parent is not None else b"",
-        _text(0x2A, name),
-        b"\x30" + bytes((kind.value + 1,)),
-        _times(0x39, start_ns, 0x41, end_ns),
-        *rest,
-        *[_field(0x5A, _event(event)) for event in events],
-        _field(0x7A, _status(status)),
-        _flags(0x85, 0x01, _flags_of(parent)),
-    )
-    return b"".join(parts)
+) -> None:
+    if state:
+        parts.append(_text(0x1A, _state(state)))
+    if parent is not None:
+        parts.append(b"\x22\x08" + parent.span_id.to_bytes(8, "big"))
+    parts += [_field(0x5A, _event(event)) for event in events]
+    parts.append(_field(0x7A, _status(status)))
+    parts.append(_flags(0x85, 0x01, _flags_of(parent)))
 
 
 def _state(state: TraceState) -> str:
@@ -211,7 +221,8 @@ def _attribute(tag: int, key: str, value: Any) -> bytes:
 
 
 def _shared(shared: Shared) -> bytes:
-    encoded = shared.encoded = b"".join([_attribute(0x4A, *each) for each in shared.attributes.items()])
+    attributes = [_attribute(0x4A, *each) for each in shared.attributes.items()]
+    encoded = shared.encoded = b"".join([_name(shared.name, shared.kind), *attributes])
     return encoded
 
 

@@ -27,13 +27,14 @@ class TracedExecution(Execution, Mapping[str, Any]):
 
     def own_span(self) -> ExecutionSpan:
         """Its span; from any thread, once `execution_started` was told."""
-        if self.span is None:
+        span: ExecutionSpan | None = self.span
+        if span is None:
             with details_lock:
-                if self.span is None:
-                    running = self.outcome is None
-                    self.span = span_in(self.trace, self.trace.root.trace_id, None, self if running else None)
+                if (span := self.span) is None:
+                    trace = self.trace
+                    span = span_in(trace, trace.root.trace_id, None, self if self.outcome is None else None)
+                    self.span = span
                     self.watched = True  # for its end, which parts the two
-        span: ExecutionSpan = self.span
         return span
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -73,10 +74,10 @@ def span_of(execution: Execution | None) -> ExecutionSpan | None:
     return execution.span if type(execution.span) is ExecutionSpan else None
 
 
-def record_of(execution: Execution, error: BaseException | None) -> tuple[Any, ...]:
+def record_of(execution: TracedExecution, error: BaseException | None) -> tuple[Any, ...]:
     """What remains of an execution: span, index, attempt, started, ended, worker, lane, waits, outcome, error."""
     return (
-        span_of(execution),
+        execution.own_span(),
         execution.index,
         execution.attempt,
         execution.started,
@@ -95,13 +96,17 @@ def taken(records: list[Any]) -> list[tuple[Any, ...]]:
     What has failed stays until its record with the error is there.
     """
     found = records[:]
-    ended = [type(record) is tuple or record.outcome == "success" for record in found]
-    records[: len(found)] = [record for record, over in zip(found, ended, strict=True) if not over]
-    return [
-        record if type(record) is tuple else record_of(record, None)
-        for record, over in zip(found, ended, strict=True)
-        if over
-    ]
+    over: list[tuple[Any, ...]] = []
+    left: list[Any] = []
+    for record in found:
+        if type(record) is tuple:
+            over.append(record)
+        elif record.outcome == "success":
+            over.append(record_of(record, None))
+        else:
+            left.append(record)
+    records[: len(found)] = left
+    return over
 
 
 def trace_ids(execution: Execution) -> tuple[str, str] | None:

@@ -21,7 +21,6 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from obsdag.errors import ConfigError
-from obsdag.telemetry.kept_span import KeptSpan
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import Span
@@ -151,19 +150,23 @@ class QueueProcessor(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         """Queues a span; never blocks."""
-        if type(span) is not KeptSpan:
-            context = span.get_span_context()
-            if context is None or not context.trace_flags.sampled:
-                return
+        context = span.get_span_context()
+        if context is not None and context.trace_flags.sampled:
+            self.take((span,))
+
+    def take(self, spans: Sequence[ReadableSpan]) -> None:
+        """Queues spans that are sampled; never blocks."""
         if self._closed:
-            self.counts.add("shutdown", 1)
-        elif len(self._queue) >= self._most:
-            self.counts.add("queue_full", 1)
-        else:
-            self._queue.append(span)
-            self._ensure_thread()
-            if len(self._queue) >= self._batch:
-                self._wake.set()
+            self.counts.add("shutdown", len(spans))
+            return
+        room = max(0, self._most - len(self._queue))
+        if len(spans) > room:
+            self.counts.add("queue_full", len(spans) - room)
+            spans = spans[:room]
+        self._queue.extend(spans)
+        self._ensure_thread()
+        if len(self._queue) >= self._batch and not self._wake.is_set():
+            self._wake.set()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         """Exports what is queued; False if that takes longer than `timeout_millis`."""

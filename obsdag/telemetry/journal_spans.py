@@ -16,6 +16,7 @@ from obsdag.core.observer import Observer
 from obsdag.telemetry.catalogue import error_type_of
 from obsdag.telemetry.journal_specs import SLOW_COMMIT_S
 from obsdag.telemetry.kept_span import UNSET, KeptSpan
+from obsdag.telemetry.materialize import shared_of_all
 from obsdag.telemetry.records import SAMPLED
 
 if TYPE_CHECKING:
@@ -76,14 +77,13 @@ def deferred(run: RunState, tracer: DeferredTracer) -> JournalSpans:
         tracer.hand_in(
             KeptSpan(
                 tracer.source,
-                name,
+                shared_of_all(tracer, name),
                 tracer.run_trace_id,
                 tracer.new_span_id(),
                 None,
                 SpanContext(tracer.run_trace_id, tracer.run_span_id, False, SAMPLED),
                 tracer.unix_ns(max(start, run.started)),
                 at,
-                tracer.of_all,
                 attributes,
                 happened=events,
                 result=_status(attributes),

@@ -22,7 +22,6 @@ from opentelemetry.trace import SpanContext
 from obsdag.core.observer import Observer
 from obsdag.core.states import STATES
 from obsdag.telemetry.executions import taken
-from obsdag.telemetry.kept_span import Shared
 from obsdag.telemetry.materialize import ErrorTexts
 from obsdag.telemetry.records import RootTrace, new_span_id, new_trace_id
 from obsdag.telemetry.sampling import ratio_bound
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from obsdag.context import Context
     from obsdag.core.state import RunState
     from obsdag.tasks.base import Task
+    from obsdag.telemetry.kept_span import Shared
     from obsdag.telemetry.pipeline import Pipeline
     from obsdag.telemetry.selfstats import SelfStats
 
@@ -89,8 +89,7 @@ class Keeper(Observer):
         self._pipeline = pipeline
         self.lock = pipeline.lock
         self.texts = ErrorTexts(redact)
-        self.of_task: dict[int, tuple[str, Shared]] = {}  # tracing's thread's own memory
-        self.of_all = Shared({"obsdag.engine": self.engine, "obsdag.dag": self.dag})
+        self.shared: dict[tuple[Any, ...], Shared] = {}  # see `materialize`
         self._bound = ratio_bound(sample)
         self._follow = follow_parent
         self._most = max_spans_per_trace
@@ -158,7 +157,9 @@ class Keeper(Observer):
 
     def is_headed(self, root: RootTrace) -> bool:
         """Whether the ratio will keep the root's trace, which its id says from the start."""
-        return self.is_sampled(root.first.trace_id) and not self._unfollowed(root)
+        parts = root.more.parts if root.more is not None else None
+        trace_id = root.trace_id if parts is None else parts[0].trace_id
+        return (trace_id & LOW_BITS) < self._bound and not (root.more is not None and self._unfollowed(root))
 
     def _unfollowed(self, root: RootTrace) -> bool:
         """Whether the caller decided against this trace: then a ratio of our own would only make orphans."""
@@ -215,12 +216,11 @@ class Keeper(Observer):
         """The tree is over: keep it or forget it."""
         more = root.rare()
         # Workers hand over the times that they looked at the clock, which may be a moment earlier than another's.
-        more.closed = max(now, more.closed, *(_ended(record) for record in root.records))
+        more.closed = max(now, more.closed, *[_ended(record) for record in root.records])
         if root.decision is None:
-            took_s = now - root.entered
             if more.outcome == "cancelled" and not self._keep(root, "cancelled", ("", "cancelled")):
                 more.over = True
-            slow = self._slow_s is not None and took_s > self._slow_s
+            slow = self._slow_s is not None and now - root.entered > self._slow_s
             if slow and root.decision is None and not self._keep(root, "slow", ("", "slow")):
                 more.over = True
             if root.decision is None and self.is_headed(root):

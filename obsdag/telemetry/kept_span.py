@@ -26,12 +26,14 @@ Lead = tuple[str, int, int]
 
 
 class Shared:
-    """Attributes that several spans have. encoded: as an exporter wrote them; it keeps that here."""
+    """Name, kind and attributes that several spans have. encoded: as an exporter wrote them; it keeps that here."""
 
-    __slots__ = ("attributes", "encoded")
+    __slots__ = ("attributes", "encoded", "kind", "name")
 
-    def __init__(self, attributes: dict[str, Any]) -> None:
+    def __init__(self, name: str, attributes: dict[str, Any], kind: SpanKind = SpanKind.INTERNAL) -> None:
+        self.name = name
         self.attributes = attributes
+        self.kind = kind
         self.encoded: bytes | None = None
 
 
@@ -39,46 +41,42 @@ class KeptSpan(ReadableSpan):
     """See the module. It becomes whole when anybody asks for anything that a `ReadableSpan` has, or sets it; from then
     on only that counts, as processors may change it.
 
-    source: resource and scope. title: its name. state: None for an empty one. above: the parent. shared, own: its
-    attributes, no key in both. leads: its links. began_ns, ended_ns: Unix nanoseconds.
+    source: resource and scope. shared, own: its attributes, no key in both. state: None for an empty one. above: the
+    parent. leads: its links. began_ns, ended_ns: Unix nanoseconds.
     """
 
     __slots__ = (
-        *("above", "began_ns", "ended_ns", "happened", "leads", "own", "result", "shared", "sort", "source"),
-        *("span_id", "state", "title", "trace_id", "whole"),
+        *("above", "began_ns", "ended_ns", "happened", "leads", "own", "result", "shared", "source"),
+        *("span_id", "state", "trace_id", "whole"),
     )
 
     def __init__(
         self,
         source: tuple[Resource, InstrumentationScope],
-        title: str,
+        shared: Shared,
         trace_id: int,
         span_id: int,
         state: TraceState | None,
         above: SpanContext | None,
         began_ns: int,
         ended_ns: int,
-        shared: Shared,
         own: dict[str, Any],
         leads: Sequence[Link | Lead] = (),
         happened: Sequence[Event] = (),
         result: Status = UNSET,
-        sort: SpanKind = SpanKind.INTERNAL,
     ) -> None:
         self.source = source
-        self.title = title
+        self.shared = shared
         self.trace_id = trace_id
         self.span_id = span_id
         self.state = state
         self.above = above
         self.began_ns = began_ns
         self.ended_ns = ended_ns
-        self.shared = shared
         self.own = own
         self.leads = leads
         self.happened = happened
         self.result = result
-        self.sort = sort
         self.whole = False
 
     def get_span_context(self) -> SpanContext:
@@ -93,14 +91,14 @@ class KeptSpan(ReadableSpan):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         set_before = dict(self.__dict__)
         super().__init__(
-            name=self.title,
+            name=self.shared.name,
             context=SpanContext(self.trace_id, self.span_id, False, SAMPLED, self.state),
             parent=self.above,
             resource=self.source[0],
             attributes=self.shared.attributes | self.own,
             events=self.happened,
             links=[each if isinstance(each, Link) else link_of(*each) for each in self.leads],
-            kind=self.sort,
+            kind=self.shared.kind,
             status=self.result,
             start_time=self.began_ns,
             end_time=self.ended_ns,

@@ -7,7 +7,7 @@ attribute key here is public API.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.attributes import BoundedAttributes
@@ -17,7 +17,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 from obsdag import context as contexts
 from obsdag.core.states import LANES, STATES
 from obsdag.telemetry.kept_span import UNSET, KeptSpan, Lead, Shared
-from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, Details, ExecutionSpan, Part, RootTrace
+from obsdag.telemetry.records import MAX_DETAILS, SAMPLED, Details, ExecutionSpan, Part, RootMore, RootTrace
 from obsdag.telemetry.specs import clean, error_type_of
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ __all__ = [
     "build_spans",
     "context_id",
     "error_text",
+    "shared_of_all",
 ]
 
 MAX_LINKS: Final = 64
 """The SDK keeps the newest 128 only; 64 tell the story, and the true number is an attribute."""
 MAX_LATEST: Final = 4_096
 """Executions of one root that later ones may link to: enough for any DAG, bounded for endless fan-outs."""
+MAX_SHARED: Final = 4_096
+"""What the spans of a task by one worker have in common, remembered with its encoded form; and a bound for it."""
 
 
 class ErrorText:
@@ -120,39 +123,36 @@ def build_spans(
 
 def _execution_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> KeptSpan:
     span, index, attempt, started, ended, worker, lane, waits, outcome, error = record
-    name, always = _of_task(tracer, index)
-    own = {
-        "obsdag.context.id": context_id(span.trace.raw_id),
-        "obsdag.attempt": attempt,
-        "obsdag.execution.outcome": outcome,
-        "obsdag.lane": LANES[lane],
-        "obsdag.worker": worker,
-    }
+    more, raw_id, trace_id = root.rare(), span.trace.raw_id, span.trace_id
+    shared = tracer.shared.get((index, attempt, outcome, lane, worker))
+    if shared is None:
+        shared = _shared_of_executions(tracer, index, attempt, outcome, lane, worker)
+    own: dict[str, Any] = {"obsdag.context.id": context_id(raw_id)}
     for state, waited_s in enumerate(waits or ()):
         if waited_s > 0.0:
             own[f"obsdag.wait_s.{STATES[state]}"] = waited_s
-    more = root.more
-    if more is not None and (span.trace.raw_id, index, started) in more.critical:
+    if (raw_id, index, started) in more.critical:
         own["obsdag.critical"] = True
-    if more is not None and more.iteration:
+    if more.iteration:
         own["obsdag.loop.iteration"] = more.iteration
-    leads = _links_of(tracer, root, record, own)
-    events, status = _error_of(tracer, outcome, error, tracer.unix_ns(ended), own)
-    details = span.details
-    if details is not None:
-        status = _user_part(details, always, own, events, leads, status)
-    part = root.part_of(span.trace_id)
+    leads = _links_of(tracer, more, record, own)
+    events: list[Event] = []
+    status = UNSET
+    if error is not None:
+        events, status = _error_of(tracer, outcome, error, tracer.unix_ns(ended), own)
+    if span.details is not None:
+        status = _user_part(span.details, shared, own, events, leads, status)
+    part = root.part_of(trace_id)
     began = part.started
     return KeptSpan(
         tracer.source,
-        name,
-        span.trace_id,
+        shared,
+        trace_id,
         span.id,
-        _state(root, span.trace_id),
+        _state(root, trace_id),
         _parent_of(root, span, part, leads),
-        tracer.unix_ns(max(started, began)),
-        tracer.unix_ns(max(ended, began)),
-        always,
+        tracer.unix_ns(started if started > began else began),
+        tracer.unix_ns(ended if ended > began else began),
         own,
         leads,
         events,
@@ -165,19 +165,37 @@ def _state(root: RootTrace, trace_id: int) -> Any:
     return caller.trace_state_of(trace_id) if caller is not None else None
 
 
-def _of_task(tracer: DeferredTracer, index: int) -> tuple[str, Shared]:
-    """The name and the attributes that all spans of a task have."""
-    found = tracer.of_task.get(index)
-    if found is None:
-        task = tracer.plan.tasks[index]
-        name = clean(task.id)
-        always = {
-            "obsdag.engine": tracer.engine,
-            "obsdag.dag": tracer.dag,
-            "obsdag.task": name,
-            "obsdag.executor": task.runs_on,
-        }
-        found = tracer.of_task[index] = f"execute {name}", Shared(always)
+def shared_of_all(tracer: DeferredTracer, name: str, kind: SpanKind = SpanKind.INTERNAL) -> Shared:
+    """Name, kind, and what all spans of a tracer have."""
+    found = tracer.shared.get((name,))
+    return _share(tracer, (name,), name, {}, kind) if found is None else found
+
+
+def _shared_of_executions(
+    tracer: DeferredTracer, index: int, attempt: int, outcome: str, lane: int, worker: int
+) -> Shared:
+    told = _told_of_task(tracer, index)
+    told |= {
+        "obsdag.attempt": attempt,
+        "obsdag.execution.outcome": outcome,
+        "obsdag.lane": LANES[lane],
+        "obsdag.worker": worker,
+    }
+    return _share(tracer, (index, attempt, outcome, lane, worker), f"execute {told['obsdag.task']}", told)
+
+
+def _told_of_task(tracer: DeferredTracer, index: int) -> dict[str, Any]:
+    task = tracer.plan.tasks[index]
+    return {"obsdag.task": clean(task.id), "obsdag.executor": task.runs_on}
+
+
+def _share(
+    tracer: DeferredTracer, key: tuple[Any, ...], name: str, told: dict[str, Any], kind: SpanKind = SpanKind.INTERNAL
+) -> Shared:
+    if len(tracer.shared) >= MAX_SHARED:
+        tracer.shared.clear()
+    found = Shared(name, {"obsdag.engine": tracer.engine, "obsdag.dag": tracer.dag, **told}, kind)
+    tracer.shared[key] = found
     return found
 
 
@@ -195,40 +213,30 @@ def _parent_of(root: RootTrace, span: ExecutionSpan, part: Part, links: list[Lin
 
 
 def _links_of(
-    tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...], attributes: dict[str, Any]
+    tracer: DeferredTracer, more: RootMore, record: tuple[Any, ...], attributes: dict[str, Any]
 ) -> list[Link | Lead]:
     """To the attempt before, and to the executions joined: several upstreams, or the children of a join."""
-    span, index, outcome = record[0], record[1], record[8]
-    latest = root.rare().latest
-    key = id(span.trace)
-    found: list[tuple[str, ExecutionSpan]] = []
+    span, index, latest = record[0], record[1], more.latest
+    key, details, above = id(span.trace), span.details, tracer.plan.up_list[index]
+    links: list[Link | Lead] = []
     before = latest.get((key, index))
     if before is not None and before[1] != "success":
-        found.append(("retry", before[0]))
-    upstream = _upstream_of(tracer, latest, key, index)
+        links.append(("retry", before[0].trace_id, before[0].id))
+    upstream = [latest[key, up][0] for up in above if (key, up) in latest] if len(above) > 1 else []
     count = len(upstream)
-    if span.details is not None and span.details.upstream_count:
-        count += span.details.upstream_count
-        upstream += span.details.upstream
-    found += [("upstream", each) for each in upstream]
+    if details is not None and details.upstream_count:
+        count += details.upstream_count
+        upstream += details.upstream
     if count:
         attributes["obsdag.join.upstream_count"] = count
+        links += [("upstream", each.trace_id, each.id) for each in upstream[: MAX_LINKS - len(links)]]
     if len(latest) >= MAX_LATEST:
         for old in list(latest)[: MAX_LATEST // 2]:
             del latest[old]
-    latest[key, index] = (span, outcome)
-    more = root.more
-    links: list[Link | Lead] = [(kind, each.trace_id, each.id) for kind, each in found[:MAX_LINKS]]
-    if more is not None and more.pull in ("open", "ended"):
+    latest[key, index] = (span, record[8])
+    if more.pull in ("open", "ended"):
         links += more.links
     return links
-
-
-def _upstream_of(tracer: DeferredTracer, latest: Mapping[Any, Any], key: int, index: int) -> list[ExecutionSpan]:
-    above = tracer.plan.up_list[index]
-    if len(above) < 2:
-        return []
-    return [latest[key, up][0] for up in above if (key, up) in latest]
 
 
 def _error_of(
@@ -270,19 +278,20 @@ def _user_part(
 
 def _dispatch_span(tracer: DeferredTracer, record: tuple[Any, ...], dispatch: tuple[int, float]) -> KeptSpan:
     span, index, ended = record[0], record[1], record[4]
-    task = tracer.plan.tasks[index]
+    found = tracer.shared.get((index, "dispatch"))
+    if found is None:
+        told = _told_of_task(tracer, index)
+        found = _share(tracer, (index, "dispatch"), f"dispatch {told['obsdag.task']}", told, SpanKind.PRODUCER)
     return KeptSpan(
         tracer.source,
-        f"dispatch {clean(task.id)}",
+        found,
         span.trace_id,
         dispatch[0],
         _state(span.trace.root, span.trace_id),
         SpanContext(span.trace_id, span.id, False, SAMPLED),
         tracer.unix_ns(dispatch[1]),
         tracer.unix_ns(max(ended, dispatch[1])),
-        _of_task(tracer, index)[1],
         {"obsdag.context.id": context_id(span.trace.raw_id)},
-        sort=SpanKind.PRODUCER,
     )
 
 
@@ -324,14 +333,13 @@ def _below(
     """A span of no execution, below the `context` span of a part."""
     return KeptSpan(
         tracer.source,
-        title,
+        shared_of_all(tracer, title),
         part.trace_id,
         tracer.new_span_id(),
         _state(root, part.trace_id),
         part.context,
         tracer.unix_ns(started),
         tracer.unix_ns(ended),
-        tracer.of_all,
         own,
     )
 
@@ -351,19 +359,17 @@ def _context_spans(tracer: DeferredTracer, root: RootTrace) -> Iterator[KeptSpan
             del attributes["obsdag.links"]
         yield KeptSpan(
             tracer.source,
-            f"context {tracer.dag}",
+            shared_of_all(tracer, f"context {tracer.dag}", SpanKind.CONSUMER),
             part.trace_id,
             part.span_id,
             _state(root, part.trace_id),
             parent,
             tracer.unix_ns(part.started),
             tracer.unix_ns(more.closed),
-            tracer.of_all,
             attributes,
             links[:MAX_LINKS],
             _outcome_event(tracer, root),
             _context_status(tracer, root),
-            SpanKind.CONSUMER,
         )
 
 
@@ -379,14 +385,13 @@ def build_run_span(tracer: DeferredTracer, outcome: str, started: float, ended: 
         own["error.type"] = outcome
     return KeptSpan(
         tracer.source,
-        f"run {tracer.dag}",
+        shared_of_all(tracer, f"run {tracer.dag}"),
         tracer.run_trace_id,
         tracer.run_span_id,
         None,
         tracer.run_parent,
         tracer.unix_ns(started),
         tracer.unix_ns(ended),
-        tracer.of_all,
         own,
         result=Status(StatusCode.ERROR, outcome) if failed else UNSET,
     )

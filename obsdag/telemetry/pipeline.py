@@ -25,6 +25,7 @@ from opentelemetry.context import attach, detach
 
 from obsdag.core.states import LANES, State
 from obsdag.telemetry.executions import taken
+from obsdag.telemetry.export import QueueProcessor
 from obsdag.telemetry.materialize import build_marker, build_spans
 from obsdag.telemetry.sampling import KeepBudget, RunningQuantile
 from obsdag.telemetry.selfstats import Kept
@@ -44,6 +45,7 @@ TICK_S: Final = 0.1
 """How often the thread looks: a kept root that ended is exported after at most this long."""
 IDLE_S: Final = 1.0
 EXIT_FLUSH_S: Final = 2.0
+_QUEUED: Final = State.QUEUED.value
 MAX_CALLS: Final = 1_000
 """Spans of runs, and markers, that wait: beyond this many a processor is blocked, and further ones are lost."""
 _SUPPRESS: Final[str] = getattr(otel_context, "_SUPPRESS_INSTRUMENTATION_KEY", "suppress_instrumentation")
@@ -140,13 +142,17 @@ class Pipeline:
         self._ensure_thread()
         return True
 
-    def emit(self, span: ReadableSpan) -> None:
-        """Gives a span to every processor; one that raises does not keep it from the others."""
+    def emit(self, *spans: ReadableSpan) -> None:
+        """Gives spans to every processor; one that raises does not keep them from the others."""
         for processor in self.processors:
-            try:
-                processor.on_end(span)
-            except Exception:
-                _log.debug("a span processor raised", exc_info=True)
+            if type(processor) is QueueProcessor:
+                processor.take(spans)
+                continue
+            for span in spans:
+                try:
+                    processor.on_end(span)
+                except Exception:
+                    _log.debug("a span processor raised", exc_info=True)
 
     # --- flushing
 
@@ -296,8 +302,7 @@ class Pipeline:
             units, more.units = more.units, 0
             finished, more.finished = more.finished, False
         try:
-            for span in build_spans(tracer, root, records, finished):
-                self.emit(span)
+            self.emit(*build_spans(tracer, root, records, finished))
             for release, span in held:
                 release(span)
             self._tell_kept(tracer, root, records, finished)
@@ -321,14 +326,15 @@ class Pipeline:
         if not listeners:
             return
         told: list[Kept] = []
+        dag, epoch, tasks = tracer.dag, tracer.epoch, tracer.plan.tasks
         for record in records:
             if record[0] is None:
                 continue
             span, index, _, started, ended, _, lane, waits, _, _ = record
-            ids = (span.trace_id, span.id, tracer.epoch + ended)
-            told.append(Kept("task", tracer.dag, tracer.plan.tasks[index].id, ended - started, *ids))
-            if waits is not None and waits[State.QUEUED] > 0.0:
-                told.append(Kept("queue", tracer.dag, LANES[lane], waits[State.QUEUED], *ids))
+            trace_id, span_id, unix_s = span.trace_id, span.id, epoch + ended
+            told.append(Kept("task", dag, tasks[index].id, ended - started, trace_id, span_id, unix_s))
+            if waits is not None and waits[_QUEUED] > 0.0:
+                told.append(Kept("queue", dag, LANES[lane], waits[_QUEUED], trace_id, span_id, unix_s))
         if finished and root.more is not None and root.more.outcome:
             more = root.more
             ids = (root.first.trace_id, root.first.span_id, tracer.epoch + more.ended)

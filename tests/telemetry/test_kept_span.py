@@ -25,19 +25,17 @@ LEADS = st.tuples(st.sampled_from(["retry", "upstream"]), st.integers(1, (1 << 1
 KEPT = st.builds(
     KeptSpan,
     source=st.just(SOURCE),
-    title=TEXT,
+    shared=st.builds(Shared, TEXT, st.sampled_from([{"a": 1, "b": "two"}, {}]).map(dict), st.sampled_from(SpanKind)),
     trace_id=st.integers(1, (1 << 128) - 1),
     span_id=st.integers(1, (1 << 64) - 1),
     state=st.one_of(st.none(), STATE),
     above=st.one_of(st.none(), CONTEXTS),
     began_ns=TIMES,
     ended_ns=TIMES,
-    shared=st.sampled_from([Shared({"a": 1, "b": "two"}), Shared({})]),
     own=st.dictionaries(TEXT.map(lambda text: f"own.{text}"), VALUES, max_size=4),
     leads=st.lists(st.one_of(LEADS, st.builds(Link, CONTEXTS, st.just({"k": 1}))), max_size=3),
     happened=st.lists(st.builds(Event, TEXT, st.just({"k": 1}), TIMES), max_size=2),
     result=st.one_of(st.just(UNSET), TEXT.map(lambda text: Status(StatusCode.ERROR, text))),
-    sort=st.sampled_from(SpanKind),
 )
 
 
@@ -52,7 +50,7 @@ def test_looking_at_a_span_does_not_change_what_is_sent(spans: list[KeptSpan]) -
 
 
 def a_span() -> KeptSpan:
-    return KeptSpan(SOURCE, "execute a", 1, 2, None, None, 10, 20, Shared({"a": 1}), {"b": 2}, [("retry", 3, 4)])
+    return KeptSpan(SOURCE, Shared("execute a", {"a": 1}), 1, 2, None, None, 10, 20, {"b": 2}, [("retry", 3, 4)])
 
 
 def test_it_is_a_readable_span() -> None:
@@ -94,7 +92,7 @@ async def test_nobody_looks_on_the_way_to_our_own_exporter(monkeypatch: pytest.M
     sent: list[tuple[str, bool]] = []
 
     def encode(spans: list[KeptSpan]) -> bytes:
-        sent.extend((span.title, span.whole) for span in spans)
+        sent.extend((span.shared.name, span.whole) for span in spans)
         return encode_request(spans)
 
     monkeypatch.setattr("obsdag.telemetry.http_exporter.encode_request", encode)
