@@ -173,7 +173,7 @@ class More:
 
     def state_of_waits(self) -> int:
         """The first state that a waiting task brings the context into; 0 if none waits."""
-        return min((wait.state for wait in self.each_wait() if wait.state), default=0)
+        return 0 if self.waits is None else min((wait.state for wait in self.waits.values() if wait.state), default=0)
 
 
 class Wait:
@@ -189,6 +189,7 @@ class Wait:
     __slots__ = ("index", "on", "state")
 
     failed: int = 0
+    waits: Final = ()  # not None: there is one, itself
     skipped: Final = 0
     dead: Final = None
     lends: Final = None

@@ -118,7 +118,9 @@ class RunState(Sources):
         """`finish` with its own context, and `begin` for the same runner (None: ask that), in half the time."""
         context, index = execution.context, execution.index
         step = self.steps[index]
-        if step is None or context._more is not None or context._outcome is not None or self._freezes:
+        more = context._more
+        odd = more is not None and not (more.plain and more.waits is None)
+        if step is None or odd or context._outcome is not None or self._freezes:
             self.finish(execution, context, now)
             return None
         bit, follow, frees, rest = step
@@ -169,7 +171,7 @@ class RunState(Sources):
         following.span = following.waits = following.released_by = None
         if self.recording:
             following.released_by = context._maker
-            if context._waits is not None or context._more is not None:
+            if context._waits is not None or more is not None:
                 self._record(following)
         executions: Any = context._executions
         executions[0 if executions[0] is execution else executions.index(execution)] = following

@@ -104,6 +104,8 @@ class Waits(Lifecycle):
             waits = more_of(context).waits
             assert waits is not None
             del waits[wait.index]
+            if not waits:
+                more_of(context).waits = None
 
     def _park(self, context: Context, wait: Wait, state: int) -> None:
         wait.state = state

@@ -73,7 +73,8 @@ class DeferredTracer(Keeper):
             self.run_parent = caller
             self.run_trace_id = caller.trace_id
         self._started = now
-        self._odd = bool(self._base or self.plan.loops or self.plan.joins)
+        self._special = self.plan.loops | self.plan.joins
+        self._odd = bool(self._base or self._special)
         self._dropped = self.stats.count_dropped(dag=self.dag)
         self._pipeline.opened(self)
 
@@ -408,10 +409,15 @@ class DeferredTracer(Keeper):
         root, bit = trace.root, self.plan.bit[execution.index]
         if root.left < 0:
             self._continue(root, now)
+        more = root.more
+        if not (bit & self._special or self._base) and (more is None or not (more.base or more.pull)):  # beside those
+            execution.trace, execution.listed, execution.watched = trace, False, True
+            make_current(execution)  # type: ignore[arg-type]  # as above
+            return
         if bit & self.plan.loops:
             trace = self._start_pull(trace, now)
             root = trace.root
-        more = root.more
+            more = root.more
         base = more.base if more is not None and more.base is not None else self._base
         execution.trace = trace
         execution.listed, execution.watched = False, True
