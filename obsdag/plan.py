@@ -18,7 +18,14 @@ from operator import or_
 
 from obsdag.tasks.base import Task
 
-__all__ = ["FAN_OUT_SHAPES", "Plan", "compile_plan", "indices", "topological_order"]
+__all__ = ["FAN_OUT_SHAPES", "Plan", "Step", "compile_plan", "indices", "topological_order"]
+
+
+Step = tuple[int, int, int, tuple[tuple[int, int], ...]]
+"""What the core's short way from an execution to the next needs to know of a task, None where that must not be taken:
+its bit; the index of the only task below it, if nothing but this one is above that, else 0 (the source's); the mask of
+the tasks below that wait for nothing else; of the others below, the bit and the mask of what they wait for.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,8 +39,10 @@ class Plan:
     bypass: all - descendants - ancestors - itself: what an entering context may count as done at that task (G4, E12).
     up_list, down_list: the direct neighbors as indices; `down_list` by (priority descending, index).
     follow: the only downstream, if this task is its only upstream; else -1. The straight stretches of the graph.
+    below: of each direct downstream its bit and the mask of all that it waits for. steps: see `Step`.
     rank: the position of each task in (priority descending, index); None if no task has a priority.
-    routers, joins, maps, streams, loops, services: tasks of a shape; pass_through, may_drop: tasks with that setting.
+    routers, joins, maps, streams, loops, services: tasks of a shape; pass_through, may_drop: tasks with that setting;
+        limited: those that take permits.
     choices: router index -> what it may return (id; for an included router also the id within its own DAG, and the
         names of included DAGs) -> the mask of direct downstreams that it stands for (T9).
     fan_outs_above: join index -> the ancestors that can make children; never empty in a plan that was validated (G3).
@@ -55,6 +64,8 @@ class Plan:
     up_list: tuple[tuple[int, ...], ...]
     down_list: tuple[tuple[int, ...], ...]
     follow: tuple[int, ...]
+    below: tuple[tuple[tuple[int, int], ...], ...]
+    steps: tuple[Step | None, ...]
     rank: tuple[int, ...] | None
     routers: int
     joins: int
@@ -64,6 +75,7 @@ class Plan:
     services: int
     pass_through: int
     may_drop: int
+    limited: int
     choices: Mapping[int, Mapping[str, int]]
     fan_outs_above: Mapping[int, int]
     fingerprint: str
@@ -153,6 +165,9 @@ def compile_plan(
     up, down = _masks(up_list, bit), _masks(down_list, bit)
     ancestors, descendants = _reach(up_list, bit, range(count)), _reach(down_list, bit, range(count - 1, -1, -1))
     all_mask = (1 << count) - 1
+    joins, limited = _of_shape(tasks, bit, "join"), _where(tasks, bit, _takes_permits)
+    rank, below = _rank(key), tuple(tuple((bit[i], up[i]) for i in near) for near in down_list)
+    odd = all_mask if rank is not None else joins | limited
     return Plan(
         name=name,
         tasks=tuple(tasks),
@@ -169,19 +184,41 @@ def compile_plan(
         up_list=up_list,
         down_list=down_list,
         follow=tuple(below[0] if len(below) == 1 and len(up_list[below[0]]) == 1 else -1 for below in down_list),
-        rank=_rank(key),
+        below=below,
+        steps=tuple(_step(i, bit, below[i], down_list[i], odd) for i in range(count)),
+        rank=rank,
         routers=_of_shape(tasks, bit, "router"),
-        joins=_of_shape(tasks, bit, "join"),
+        joins=joins,
         maps=_of_shape(tasks, bit, "map"),
         streams=_of_shape(tasks, bit, "stream"),
         loops=_of_shape(tasks, bit, "loop"),
         services=_of_shape(tasks, bit, "service"),
         pass_through=_where(tasks, bit, lambda task: task.config.pass_through),
         may_drop=_where(tasks, bit, lambda task: task.config.may_drop),
+        limited=limited,
         choices=_choices(tasks, index, bit, down_list, choices or {}),
         fan_outs_above=_fan_outs_above(tasks, bit, ancestors),
         fingerprint=_fingerprint(tasks, up_list),
     )
+
+
+def _takes_permits(task: Task) -> bool:
+    return bool(task.shape == "stream" or task.config.parallel_num or task.config.limits)
+
+
+def _step(
+    index: int, bit: Sequence[int], below: Sequence[tuple[int, int]], down: Sequence[int], odd: int
+) -> Step | None:
+    frees, rest = 0, []
+    if odd and (odd & bit[index] or any(odd & each for each, _ in below)):
+        return None
+    for each, waits_for in below:
+        if waits_for == bit[index]:
+            frees = frees | each if frees else each
+        else:
+            rest.append((each, waits_for))
+    straight = len(below) == 1 and not rest and down[0] != len(bit) - 1
+    return bit[index], down[0] if straight else 0, frees, tuple(rest)
 
 
 FAN_OUT_SHAPES = ("function", "stream", "loop", "service", "map")

@@ -91,11 +91,12 @@ class Runners:
         self.closers: list[Callable[[float], Awaitable[None]]] = []
         self.closing: set[asyncio.Task[Any]] = set()
         self.errors: list[tuple[str, BaseException]] = []
-        self.direct = [self._direct(task) for task in self.plan.tasks]
+        for_run = _plain_for_run()
+        self.direct = [self._direct(task, for_run) for task in self.plan.tasks]
 
-    def _direct(self, task: Task) -> Callable[[Context], Awaitable[Any]] | None:
+    def _direct(self, task: Task, for_run: Any) -> Callable[[Context], Awaitable[Any]] | None:
         """The function of a plain async task without anything around it, which needs no runner at all."""
-        plain = task.kind == "async" and type(task).for_run is _plain_for_run() and not _has_hooks(task)
+        plain = task.kind == "async" and type(task).for_run is for_run and not _has_hooks(task)
         signature: Any = getattr(task, "signature", None)
         if not plain or signature is None or signature.takes_env or signature.takes_resource or task.config.timeout:
             return None

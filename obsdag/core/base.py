@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +19,17 @@ from obsdag.core.records import Execution, More, Wait
 from obsdag.core.states import ENTRY_KINDS, LANES, OUTCOMES, STATES, State
 from obsdag.errors import InternalError
 from obsdag.limits import ConcurrencyLimit, Limit
+from obsdag.plan import indices
 
 if TYPE_CHECKING:
     from obsdag.config import ExecutorConfig
     from obsdag.context import Context, LoopContext, OutputContext
     from obsdag.core.records import Failure, Lend, Scope, Stall, Timer
     from obsdag.limits import LimitRequest
-    from obsdag.plan import Plan
+    from obsdag.plan import Plan, Step
     from obsdag.runtime import Runtime
 
-__all__ = ["RunBase", "Step", "alive", "more_of", "spent_by_state", "wait_of"]
-
-Step = tuple[int, int, int, tuple[tuple[int, int], ...]]
-"""A task's bit; the index of the only task below it, if nothing but this one is above that, else 0 (the source's); the
-mask of the tasks below that wait for nothing else; of the others below, the bit and the mask of what they wait for.
-"""
+__all__ = ["RunBase", "alive", "more_of", "spent_by_state", "wait_of"]
 
 _RUNNING, _POOL_WAIT, _QUEUED = State.RUNNING.value, State.POOL_WAIT.value, State.QUEUED.value
 _SERVICE_WAIT, _LIMIT_WAIT, _RETRY_WAIT = State.SERVICE_WAIT.value, State.LIMIT_WAIT.value, State.RETRY_WAIT.value
@@ -140,13 +136,11 @@ class RunBase:
         self.max_live = config.max_live_contexts
         self.debug = config.debug
         self.tasks, self.bits = plan.tasks, plan.bit
-        # Per task, what is right below it: (its bit, the mask of all that it waits for).
-        self.below = [tuple((plan.bit[i], plan.up[i]) for i in below) for below in plan.down_list]
-        self.services = sum(plan.bit[i] for i, task in enumerate(plan.tasks) if task.shape == "service")
+        self.below = plan.below
         self.entry_done, self.entry_ready = plan.bit[plan.source], plan.down[plan.source]
         self.sink_bit = plan.bit[plan.sink]
         self.not_plain = self.sink_bit | plan.joins  # what is no task to be run when it is ready
-        self.steps = [self._step(index) for index in range(len(plan.tasks))]
+        self.steps: Sequence[Step | None] = [None] * len(plan.tasks) if config.debug else plan.steps
 
     # --- set-up
 
@@ -197,34 +191,21 @@ class RunBase:
         self.unseen = told is None and not self.recording
         self.execution_class = facts.execution_class
 
-    def _step(self, index: int) -> Step | None:
-        """What `finish_and_begin` needs to know of a task; None where it must not take the short way."""
-        plan, below = self.plan, self.plan.down_list[index]
-        if self.debug or plan.rank is not None or self.limits[index]:
-            return None
-        if any(plan.joins & plan.bit[other] or self.limits[other] for other in below):
-            return None
-        frees = sum(plan.bit[other] for other in below if len(plan.up_list[other]) == 1)
-        rest = tuple((plan.bit[other], plan.up[other]) for other in below if len(plan.up_list[other]) > 1)
-        follow = max(plan.follow[index], 0)
-        if not follow or follow == plan.sink:
-            return plan.bit[index], 0, frees, rest
-        return plan.bit[index], follow, plan.bit[follow], rest
-
     def _limits_by_task(self) -> list[tuple[Limit, ...]]:
         """The task's own limiters, and one of this run for `parallel_num` or for a stream (one at a time, T5)."""
-        limits: list[tuple[Limit, ...]] = []
-        for task in self.plan.tasks:
+        limits: list[tuple[Limit, ...]] = [()] * len(self.plan.tasks)
+        for index in indices(self.plan.limited):
+            task = self.plan.tasks[index]
             parallel = 1 if task.shape == "stream" else task.config.parallel_num
             own = (ConcurrencyLimit(parallel, name=f"parallel:{task.id}"),) if parallel else ()
-            limits.append((*task.config.limits, *own))
+            limits[index] = (*task.config.limits, *own)
         return limits
 
     def _limiter_names(self) -> dict[Limit, str]:
         names: dict[Limit, str] = {}
-        for task, limits in zip(self.plan.tasks, self.limits, strict=True):
-            for limit in limits:
-                names.setdefault(limit, limit.name or task.id)
+        for index in indices(self.plan.limited):
+            for limit in self.limits[index]:
+                names.setdefault(limit, limit.name or self.plan.tasks[index].id)
         return names
 
     # --- visits
@@ -292,7 +273,7 @@ class RunBase:
         more = context._more
         if context._running & ~(0 if more is None else more.handed):
             return _RUNNING
-        if more is not None and more.handed & ~self.services:
+        if more is not None and more.handed & ~self.plan.services:
             return _POOL_WAIT
         if context._place == QUEUED:
             return _QUEUED

@@ -117,15 +117,13 @@ class RunState(Sources):
     def finish_and_begin(self, execution: Execution, now: float) -> Execution | None:  # noqa: C901 - the hot path, written out
         """`finish` with its own context, and `begin` for the same runner (None: ask that), in half the time."""
         context, index = execution.context, execution.index
-        step = self.steps[index]
-        more = context._more
+        step, more = self.steps[index], context._more
         odd = more is not None and not (more.plain and more.waits is None)
         if step is None or odd or context._outcome is not None or self._freezes:
             self.finish(execution, context, now)
             return None
         bit, follow, frees, rest = step
-        running = context._running  # the same object where only this one ran: bits of long plans are big numbers
-        running = context._running = 0 if running is bit else running ^ bit
+        running = context._running = 0 if context._running is bit else context._running ^ bit  # of long plans: big
         if not self.unseen:
             execution.ended, execution.outcome = now, "success"
         if (took_s := now - execution.started) < self.facts.quick_s and not execution.watched:  # as in `_count`
@@ -164,8 +162,8 @@ class RunState(Sources):
             return execution
         following = self.execution_class()  # `Execution.begun` written out
         following.context, following.task, following.index = context, self.tasks[index], index
-        following.attempt, following.started, following.ended = 1, now, 0.0
-        following.worker, following.lane = execution.worker, context._lane
+        following.attempt, following.started, following.ended, following.lane = 1, now, 0.0, context._lane
+        following.worker = execution.worker
         following.abandoned = following.cancelling = following.exempt = following.final = following.watched = False
         following.grant = following.handle = following.outcome = following.retry_at = None
         following.span = following.waits = following.released_by = None
