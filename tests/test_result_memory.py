@@ -52,3 +52,29 @@ async def test_contexts_that_waited_are_freed_with_the_result() -> None:
         assert [ref() for ref in told] == [None] * 6
     finally:
         gc.enable()
+
+
+async def test_children_at_a_join_keep_no_execution_alive_that_nobody_looks_at() -> None:
+    dag = DAG("joined")
+    makers: list[object] = []
+
+    @dag.task
+    async def make(ctx: Context) -> list[Context]:
+        children: list[Context] = ctx.create_child(3)
+        return children
+
+    @dag.task(after=make)
+    async def first(ctx: Context) -> Context:
+        return ctx
+
+    @dag.task(after=first)
+    async def second(ctx: Context) -> Context:
+        return ctx
+
+    @dag.task(kind="join", after=second)
+    async def join(ctx: Context, children: list[Context]) -> Context:
+        makers.extend(child._maker for child in children)
+        return ctx
+
+    await Executor(dag, config=ExecutorConfig(telemetry=Telemetry.off())).run([{}])
+    assert makers == [None] * 3

@@ -157,13 +157,13 @@ class RunState(Sources):
             context._ready = ready ^ low
         context._running = running | low if running else low
         self.task_started[index] += 1
-        if self.unseen:  # nobody looks at executions: the next one may be the same object again
-            execution.index, execution.task, execution.started = index, self.tasks[index], now
+        if self.unseen:  # nobody looks at executions: the next one may be the same object again, and is not kept alive
+            execution.index, execution.task, execution.started, context._maker = index, self.tasks[index], now, None
             return execution
         following = self.execution_class()  # `Execution.begun` written out
         following.context, following.task, following.index = context, self.tasks[index], index
-        following.attempt, following.started, following.ended, following.lane = 1, now, 0.0, context._lane
-        following.worker = execution.worker
+        following.attempt, following.started, following.ended = 1, now, 0.0
+        following.worker, following.lane = execution.worker, context._lane
         following.abandoned = following.cancelling = following.exempt = following.final = following.watched = False
         following.grant = following.handle = following.outcome = following.retry_at = None
         following.span = following.waits = following.released_by = None
@@ -179,6 +179,8 @@ class RunState(Sources):
         """Nothing follows an execution for its runner."""
         execution.context._executions.remove(execution)  # type: ignore[union-attr]
         self.active -= 1
+        if self.unseen:
+            execution.context._maker = None
 
     def _reach_sink(self, execution: Execution, context: Context, now: float) -> None:
         self.active -= 1
