@@ -1,12 +1,14 @@
 """W6: submit and await a DAG of three no-op tasks: throughput by the number of clients, latency at half of the most.
 
-Latency is from the moment a submission was due, whether or not it could be made then, to its result.
+Latency is from the moment a submission was due, whether or not it could be made then, to its result. The open loop goes
+several rounds, and the median of their percentiles counts: one pause of the machine makes a percent of a round late.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from statistics import median
 
 from obsdag import ExecutorConfig, ServeExecutor, Telemetry
 from tests.benchmarks.contenders.ours import graph_dag
@@ -34,9 +36,9 @@ async def _measure(quick: bool) -> dict[str, float]:
             found[f"per second, {clients} clients"] = rates[clients]
             found[f"p99 of {clients} clients, ms"] = _percentile(taken, 0.99)
         found["256 clients / 16, per second"] = rates[256] / rates[16]
-        taken = await _open(serving, rates[256] / 2, submissions)
+        rounds = [await _open(serving, rates[256] / 2, submissions) for _ in range(1 if quick else 7)]
         for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)):
-            found[f"{name} at half load, ms"] = _percentile(taken, share)
+            found[f"{name} at half load, ms"] = median(_percentile(taken, share) for taken in rounds)
     return found
 
 
