@@ -27,6 +27,7 @@ class Mailbox:
     clock: Callable[[], float]
     workers: list[Worker]
     inputs: Iterator[Any] | None
+    open_ended: bool
     _nudged = False
     _over = False
 
@@ -35,6 +36,11 @@ class Mailbox:
         """Whether a worker that takes something may find it; else those in line only wait for their own end (E7)."""
         run = self.run
         return self.inputs is not None or bool(run.queue.size or run.queue.loop or run.rooms)
+
+    @property
+    def may_be_given_more(self) -> bool:
+        """Whether an idle worker had better wait: more may be submitted at any time, and the end has not begun."""
+        return self.open_ended and not self._over
 
     def pump(self) -> None:
         """Does what the core left to do."""

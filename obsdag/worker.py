@@ -3,7 +3,7 @@ E10, E17).
 
 A visit has one runner, and further ones for further ready tasks of the same context, up to `task_worker_num`. The
 runner that ends last goes on as the worker, so nobody waits for anybody (E5). A worker ends when there is nothing to
-take; idle ones cost nothing (E7).
+take, and while more may be submitted at any time it waits for that; idle ones cost nothing (E7).
 
     run -> take -> drive -> [begin -> task -> finish] ... -> leave -> take ...
 """
@@ -29,10 +29,10 @@ class Worker:
     """One of `context_worker_num`. Its fields belong to the event loop's thread; `storage` to its tasks (E10).
 
     number: from 0. runners: how many asyncio tasks drive the context of the visit. context, since: the visit (run
-    clock).
+    clock). parked: what its asyncio task waits for while it is idle, if it has one then.
     """
 
-    __slots__ = ("base", "context", "number", "runners", "shell", "since", "storage")
+    __slots__ = ("base", "context", "number", "parked", "runners", "shell", "since", "storage")
 
     def __init__(self, shell: RunShell, number: int) -> None:
         self.shell = shell
@@ -40,13 +40,20 @@ class Worker:
         self.runners = 0
         self.context: Context | None = None
         self.since = 0.0
+        self.parked: asyncio.Future[None] | None = None
         self.storage: dict[str, Any] = {}
         base = shell.base.copy()
         base.run(_current_worker.set, self)
         self.base = base
 
     def start(self) -> None:
-        """Begins to work in an asyncio task of its own, in a fresh copy of the caller's contextvars."""
+        """Begins to work: in the asyncio task where it waits for that, or in a new one, in a fresh copy of the caller's
+        contextvars.
+        """
+        parked, self.parked = self.parked, None
+        if parked is not None and not parked.done():  # else it was cancelled
+            parked.set_result(None)
+            return
         self.shell.spawn(self._work(None), self.base.copy())
 
     async def _work(self, context: Context | None) -> None:  # noqa: C901 - the hot loop: calls cost more than lines
@@ -61,8 +68,12 @@ class Worker:
             if context is None:
                 context = shell.next_context(self)
                 if context is None:
+                    parked = self.parked = shell.loop.create_future() if shell.may_be_given_more else None
                     shell.worker_idle(self)
-                    return
+                    if parked is None:
+                        return
+                    await parked
+                    continue
                 self.context, self.runners = context, 1
                 now = self.since
                 if type(context) is LoopContext:

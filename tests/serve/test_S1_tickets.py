@@ -318,3 +318,18 @@ async def test_S1_ten_thousand_concurrent_submits() -> None:
     assert [output["n"] for output in outputs] == list(range(10_000))
     assert most <= 100
     assert balanced(executor)["output"] == 10_000
+
+
+async def test_S1_an_idle_worker_is_woken_and_not_made_anew() -> None:
+    dag, workers = DAG(), set[asyncio.Task[None] | None]()
+
+    @dag.task
+    async def work(ctx: Context) -> Context:
+        workers.add(asyncio.current_task())
+        return ctx
+
+    async with serve(dag, context_worker_num=4) as executor:
+        for n in range(20):
+            await executor.execute({"n": n})
+        assert len(workers) <= 4
+    assert all(worker is not None and worker.done() for worker in workers)
