@@ -66,14 +66,9 @@ class Worker:
         now = clock()
         while True:
             if context is None:
-                context = shell.next_context(self)
-                if context is None:
-                    parked = self.parked = shell.loop.create_future() if shell.may_be_given_more else None
-                    shell.worker_idle(self)
-                    if parked is None:
+                while (context := shell.next_context(self)) is None:
+                    if not await self._is_woken():
                         return
-                    await parked
-                    continue
                 self.context, self.runners = context, 1
                 now = self.since
                 if type(context) is LoopContext:
@@ -112,7 +107,7 @@ class Worker:
                             shell.pump()
                 if shell.free and (run.queue.size or run.queue.loop):
                     shell.wake_worker()
-                execution = None
+                execution = result = None  # of an idle worker this frame stays
                 if context._ready:
                     if now > shell.turn_end:
                         await shell.let_others_run()
@@ -130,6 +125,15 @@ class Worker:
                 return
             if now > shell.turn_end and shell.to_take:
                 await shell.let_others_run()
+
+    async def _is_woken(self) -> bool:
+        """Idle: waits until it is started again, where there may be more to do; else False, at once."""
+        parked = self.parked = self.shell.loop.create_future() if self.shell.may_be_given_more else None
+        self.shell.worker_idle(self)
+        if parked is None:
+            return False
+        await parked
+        return True
 
 
 class WorkerLocalProxy:

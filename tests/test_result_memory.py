@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from obsdag import DAG, ConcurrencyLimit, Context, Executor, ExecutorConfig, SQLiteJournal, Telemetry
+from obsdag import DAG, ConcurrencyLimit, Context, Executor, ExecutorConfig, ServeExecutor, SQLiteJournal, Telemetry
 
 
 @pytest.mark.parametrize("journalled", [False, True])
@@ -78,3 +79,24 @@ async def test_children_at_a_join_keep_no_execution_alive_that_nobody_looks_at()
 
     await Executor(dag, config=ExecutorConfig(telemetry=Telemetry.off())).run([{}])
     assert makers == [None] * 3
+
+
+async def test_an_idle_worker_keeps_nothing_of_what_it_did_last() -> None:
+    dag = DAG("served")
+    told: list[weakref.ref[Context]] = []
+
+    @dag.task
+    async def work(ctx: Context) -> Context:
+        told.append(weakref.ref(ctx))
+        return ctx
+
+    async with ServeExecutor(dag, config=ExecutorConfig(telemetry=Telemetry.off())) as executor:
+        gc.disable()
+        try:
+            for _ in range(3):
+                await executor.execute({})
+            for _ in range(10):  # the worker is about to look for more
+                await asyncio.sleep(0)
+            assert [ref() for ref in told] == [None] * 3
+        finally:
+            gc.enable()

@@ -98,6 +98,7 @@ class RunState(Sources):
             self._schedule(context, now)
         if self._work or self._touched:
             self._settle_all(now)
+        self.cause = None
 
     # --- how an execution ends
 
