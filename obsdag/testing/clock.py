@@ -104,7 +104,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         if timeout is None:
             return self._wait_without_timer(wait)
         patience = self.patience_s if self._jobs(wanted_only=True) else self.settle_s if self._strangers() else 0.0
-        if patience and (events := wait(patience)):
+        if events := wait(patience):  # 0: who is gone now may have called just before
             return events
         self.jumps += 1
         self._set(self._target(timeout))

@@ -245,6 +245,28 @@ def test_who_calls_at_the_last_moment_and_is_gone_then_is_heard(monkeypatch: pyt
     assert run_virtual(main()) == 1
 
 
+def test_who_calls_before_a_jump_and_is_gone_then_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+
+    def calls_and_goes(loop: VirtualLoop, wanted_only: bool) -> bool:
+        if not called:
+            called.append(wanted_only)
+            thread = threading.Thread(target=loop.call_soon_threadsafe, args=(waiting[0].set_result, 1))
+            thread.start()
+            thread.join()
+        return False
+
+    waiting: list[asyncio.Future[int]] = []
+    monkeypatch.setattr(VirtualLoop, "_jobs", calls_and_goes)
+
+    async def main() -> tuple[int, float]:
+        loop = asyncio.get_running_loop()
+        waiting.append(loop.create_future())
+        return await asyncio.wait_for(waiting[0], 5), loop.time()
+
+    assert run_virtual(main()) == (1, 0.0)
+
+
 def test_a_rate_limited_run_takes_virtual_time_only() -> None:
     dag, times = DAG(), []
 
