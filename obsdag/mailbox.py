@@ -38,6 +38,11 @@ class Mailbox:
         return self.inputs is not None or bool(run.queue.size or run.queue.loop or run.rooms)
 
     @property
+    def is_over(self) -> bool:
+        """Whether the run's end has begun."""
+        return self._over
+
+    @property
     def may_be_given_more(self) -> bool:
         """Whether an idle worker had better wait: more may be submitted at any time, and the end has not begun."""
         return self.open_ended and not self._over

@@ -132,7 +132,12 @@ class Worker:
         self.shell.worker_idle(self)
         if parked is None:
             return False
-        await parked
+        try:
+            await parked
+        except asyncio.CancelledError:
+            if self.parked is None and not self.shell.is_over:  # cancelled in the moment in which it was woken
+                self.start()
+            raise
         return True
 
 

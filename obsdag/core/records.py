@@ -120,10 +120,10 @@ class More:
     mask of tasks that wait in a pool or service; room, source: of pulls in that state.
     kept: those at which a frozen context was kept (T3). pending_end: outcome of a discarded context that
     is kept readable (E11). pulls: open loops and maps. arrived_at: the join that is ready on it, -1 for none; arrived:
-    it waits there and no longer holds its parent. plain: nothing in here matters to an execution that returns its own
-    context. released: task -> the execution that made it ready, where that is not the context's latest. holder: the
-    ancestor it holds where that is not its parent. why: it was garbage-collected, one of GC_REASONS; of one that failed
-    the task where.
+    it waits there and no longer holds its parent. plain: nothing in here but what is parked matters to an execution
+    that returns its own context. released: task -> the execution that made it ready, where that is not the context's
+    latest. holder: the ancestor it holds where that is not its parent. why: it was garbage-collected, one of
+    GC_REASONS; of one that failed the task where.
     """
 
     __slots__ = (
@@ -177,12 +177,12 @@ class More:
 
 
 class Wait:
-    """A task of a context waits for permits, or has them reserved.
+    """A task of a context waits for permits or has them reserved, or (`TimedWait`) remembers its attempts.
 
     Most contexts that wait have nothing else that is rare, and there may be very many: then it stands in the place of
     `More`, and whoever asks finds here that there is nothing else.
 
-    index: of the task. state: LIMIT_WAIT or RETRY_WAIT while it waits, 0 when its turn has come. on: its request, or
+    index: of the task. state: LIMIT_WAIT or RETRY_WAIT while it waits, else 0. on: its request, or
     (`TimedWait`) the time at which it is due; None when that is over.
     """
 
@@ -259,7 +259,7 @@ class TimedWait(Wait):
         context, self.context = self.context, None
         assert context is not None
         assert context._run is not None  # it was armed there
-        context._run.wait_is_over(context, self, now)
+        context._run.time_has_come(context, self, now)
 
 
 class Lend:

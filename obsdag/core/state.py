@@ -119,7 +119,7 @@ class RunState(Sources):
         """`finish` with its own context, and `begin` for the same runner (None: ask that), in half the time."""
         context, index = execution.context, execution.index
         step, more = self.steps[index], context._more
-        odd = more is not None and not (more.plain and more.waits is None)
+        odd = more is not None and not (more.plain and more.waits is None and not context._parked)
         if step is None or odd or context._outcome is not None or self._freezes:
             self.finish(execution, context, now)
             return None
@@ -170,7 +170,7 @@ class RunState(Sources):
         following.span = following.waits = following.released_by = None
         if self.recording:
             following.released_by = context._maker
-            if context._waits is not None or more is not None:
+            if context._waits is not None or context._more is not None:  # `_free` may have made it
                 self._record(following)
         executions: Any = context._executions
         executions[0 if executions[0] is execution else executions.index(execution)] = following

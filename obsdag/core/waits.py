@@ -173,7 +173,7 @@ class Waits(Lifecycle):
         if not context._running & bit and (fires or not (branches or context._done & bit)):  # not lent meanwhile (C5)
             context._ready |= bit
 
-    def wait_is_over(self, context: Context, wait: TimedWait, now: float) -> None:
+    def time_has_come(self, context: Context, wait: TimedWait, now: float) -> None:
         """The time that a task waited for has come."""
         self._forget_wait(context, wait)
         self._unpark(context, wait)

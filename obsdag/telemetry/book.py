@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Book", "ExemplarRow"]
 
 _MAX_WAITING: Final = 4
+_MAX_ROWS: Final = 4_096
 _HISTOGRAM_OF: Final = {
     "root": "obsdag_root_seconds",
     "task": "obsdag_task_seconds",
@@ -121,7 +122,8 @@ class Book:
             labels = () if self.labels.low else (self.labels.tasks.of(label),)
         series = _HISTOGRAM_OF[what], labels
         row = self._exemplars.setdefault(series, [None] * (len(self.buckets.bounds) + 1))
-        self._exemplar_rows[what, label] = row
+        if len(self._exemplar_rows) < _MAX_ROWS:  # labels of tasks are capped, their ids are not
+            self._exemplar_rows[what, label] = row
         return row
 
     def exemplars(self, histogram: str, labels: tuple[str, ...]) -> ExemplarRow | None:

@@ -410,9 +410,10 @@ class DeferredTracer(Keeper):
         if root.left < 0:
             self._continue(root, now)
         more = root.more
-        if not (bit & self._special or self._base) and (more is None or not (more.base or more.pull)):  # beside those
+        if not (bit & self._special or self._base) and (more is None or not (more.base or more.pull)):
+            # Not odd itself: there is a join or loop elsewhere in the DAG.
             execution.trace, execution.listed, execution.watched = trace, False, True
-            make_current(execution)  # type: ignore[arg-type]  # as above
+            make_current(execution)  # type: ignore[arg-type]  # looks like one, see `execution_started`
             return
         if bit & self.plan.loops:
             trace = self._start_pull(trace, now)

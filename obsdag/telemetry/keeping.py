@@ -89,7 +89,7 @@ class Keeper(Observer):
         self._pipeline = pipeline
         self.lock = pipeline.lock
         self.texts = ErrorTexts(redact)
-        self.shared: dict[tuple[Any, ...], Shared] = {}  # see `materialize`
+        self.shared: dict[tuple[Any, ...], Shared] = {}  # of `materialize`; any thread, each by single operations
         self._bound = ratio_bound(sample)
         self._follow = follow_parent
         self._most = max_spans_per_trace

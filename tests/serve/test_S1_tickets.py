@@ -333,3 +333,28 @@ async def test_S1_an_idle_worker_is_woken_and_not_made_anew() -> None:
             await executor.execute({"n": n})
         assert len(workers) <= 4
     assert all(worker is not None and worker.done() for worker in workers)
+
+
+async def test_S1_a_worker_that_is_cancelled_as_it_is_woken_is_replaced() -> None:
+    dag, workers = DAG(), list[asyncio.Task[None] | None]()
+
+    @dag.task
+    async def work(ctx: Context) -> Context:
+        workers.append(asyncio.current_task())
+        return ctx
+
+    async with serve(dag, context_worker_num=1) as executor:
+        await executor.execute({})
+        for when in ("woken", "idle"):
+            for _ in range(10):  # it finds nothing to do
+                await asyncio.sleep(0)
+            worker = workers[-1]
+            assert worker is not None
+            if when == "idle":
+                worker.cancel()
+                await asyncio.sleep(0)
+            ticket = await executor.submit({})
+            if when == "woken":
+                worker.cancel()
+            await ticket.result(timeout=5.0)
+    assert len(workers) == 3
