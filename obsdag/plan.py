@@ -167,6 +167,7 @@ def compile_plan(
     all_mask = (1 << count) - 1
     joins, limited = _of_shape(tasks, bit, "join"), _where(tasks, bit, _takes_permits)
     rank, below = _rank(key), tuple(tuple((bit[i], up[i]) for i in near) for near in down_list)
+    follow = tuple(near[0] if len(near) == 1 and len(up_list[near[0]]) == 1 else -1 for near in down_list)
     odd = all_mask if rank is not None else joins | limited
     return Plan(
         name=name,
@@ -183,9 +184,9 @@ def compile_plan(
         bypass=tuple(all_mask ^ (ancestors[i] | descendants[i] | bit[i]) for i in range(count)),
         up_list=up_list,
         down_list=down_list,
-        follow=tuple(below[0] if len(below) == 1 and len(up_list[below[0]]) == 1 else -1 for below in down_list),
+        follow=follow,
         below=below,
-        steps=tuple(_step(i, bit, below[i], down_list[i], odd) for i in range(count)),
+        steps=tuple(_step(i, bit, below[i], follow[i], odd) for i in range(count)),
         rank=rank,
         routers=_of_shape(tasks, bit, "router"),
         joins=joins,
@@ -206,9 +207,7 @@ def _takes_permits(task: Task) -> bool:
     return bool(task.shape == "stream" or task.config.parallel_num or task.config.limits)
 
 
-def _step(
-    index: int, bit: Sequence[int], below: Sequence[tuple[int, int]], down: Sequence[int], odd: int
-) -> Step | None:
+def _step(index: int, bit: Sequence[int], below: Sequence[tuple[int, int]], follow: int, odd: int) -> Step | None:
     frees, rest = 0, []
     if odd and (odd & bit[index] or any(odd & each for each, _ in below)):
         return None
@@ -217,8 +216,8 @@ def _step(
             frees = frees | each if frees else each
         else:
             rest.append((each, waits_for))
-    straight = len(below) == 1 and not rest and down[0] != len(bit) - 1
-    return bit[index], down[0] if straight else 0, frees, tuple(rest)
+    sink = len(bit) - 1
+    return bit[index], follow if 0 < follow < sink else 0, frees, tuple(rest)
 
 
 FAN_OUT_SHAPES = ("function", "stream", "loop", "service", "map")

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Book", "ExemplarRow"]
 
 _MAX_WAITING: Final = 4
-_MAX_ROWS: Final = 4_096
 _HISTOGRAM_OF: Final = {
     "root": "obsdag_root_seconds",
     "task": "obsdag_task_seconds",
@@ -57,7 +56,6 @@ class Book:
         self._busy_shown_s = 0.0
         self._served = False
         self._exemplars: dict[tuple[str, tuple[str, ...]], ExemplarRow] = {}
-        self._exemplar_rows: dict[tuple[str, str], ExemplarRow] = {}  # the same, by what is told and its own label
 
     # --- runs come and go
 
@@ -111,19 +109,16 @@ class Book:
         """Remembers a kept trace as the exemplar of the buckets that its values fell into. From any thread."""
         with self._lock:
             for each in kept:
-                row = self._exemplar_rows.get((each.what, each.label))
-                if row is None:
-                    row = self._exemplar_row(each.what, each.label)
-                row[self.buckets.place(each.seconds)] = each
+                self._exemplar_row(each)[self.buckets.place(each.seconds)] = each
 
-    def _exemplar_row(self, what: str, label: str) -> ExemplarRow:
-        labels: tuple[str, ...] = (label,)
-        if what == "task":
-            labels = () if self.labels.low else (self.labels.tasks.of(label),)
-        series = _HISTOGRAM_OF[what], labels
-        row = self._exemplars.setdefault(series, [None] * (len(self.buckets.bounds) + 1))
-        if len(self._exemplar_rows) < _MAX_ROWS:  # labels of tasks are capped, their ids are not
-            self._exemplar_rows[what, label] = row
+    def _exemplar_row(self, kept: Kept) -> ExemplarRow:
+        labels: tuple[str, ...] = (kept.label,)
+        if kept.what == "task":
+            labels = () if self.labels.low else (self.labels.tasks.of(kept.label),)
+        series = _HISTOGRAM_OF[kept.what], labels
+        row = self._exemplars.get(series)
+        if row is None:
+            row = self._exemplars[series] = [None] * (len(self.buckets.bounds) + 1)
         return row
 
     def exemplars(self, histogram: str, labels: tuple[str, ...]) -> ExemplarRow | None:

@@ -73,7 +73,6 @@ class DeferredTracer(Keeper):
             self.run_parent = caller
             self.run_trace_id = caller.trace_id
         self._started = now
-        self._special = self.plan.loops | self.plan.joins
         self._odd = bool(self._base or self._special)
         self._dropped = self.stats.count_dropped(dag=self.dag)
         self._pipeline.opened(self)

@@ -91,15 +91,8 @@ def _span(span: ReadableSpan) -> bytes:
         *(_field(0x6A, _link(link)) for link in span.links),
         _number(0x70, span.dropped_links),
     )
-    parts = [
-        b"\x0a\x10",
-        context.trace_id.to_bytes(16, "big"),
-        b"\x12\x08",
-        context.span_id.to_bytes(8, "big"),
-        _times(0x39, span.start_time, 0x41, span.end_time),
-        _name(span.name, span.kind),
-        *rest,
-    ]
+    parts = [_ids(context.trace_id, context.span_id), _times(0x39, span.start_time, 0x41, span.end_time)]
+    parts += _name(span.name, span.kind), *rest
     _add_seldom(parts, context.trace_state, span.parent, span.events, span.status)
     return b"".join(parts)
 
@@ -108,10 +101,7 @@ def _kept(span: KeptSpan) -> bytes:
     """The same, from what a span of ours has before it is whole."""
     shared, above = span.shared, span.above
     parts = [
-        b"\x0a\x10",
-        span.trace_id.to_bytes(16, "big"),
-        b"\x12\x08",
-        span.span_id.to_bytes(8, "big"),
+        _ids(span.trace_id, span.span_id),
         _times(0x39, span.began_ns, 0x41, span.ended_ns),
         shared.encoded if shared.encoded is not None else _shared(shared),
         _attributes(0x4A, span.own),
@@ -123,6 +113,11 @@ def _kept(span: KeptSpan) -> bytes:
     else:
         _add_seldom(parts, span.state, above, span.happened, span.result)
     return b"".join(parts)
+
+
+def _ids(trace_id: int, span_id: int) -> bytes:
+    """As both a span and a link begin."""
+    return b"\x0a\x10" + trace_id.to_bytes(16, "big") + b"\x12\x08" + span_id.to_bytes(8, "big")
 
 
 def _name(name: str, kind: SpanKind) -> bytes:
@@ -161,7 +156,7 @@ def _event(event: Event) -> bytes:
 
 def _link(link: Link) -> bytes:
     context = link.context
-    ids = b"\x0a\x10" + context.trace_id.to_bytes(16, "big") + b"\x12\x08" + context.span_id.to_bytes(8, "big")
+    ids = _ids(context.trace_id, context.span_id)
     dropped = _number(0x28, link.dropped_attributes)
     return b"".join((ids, _attributes(0x22, link.attributes), dropped, _fixed32(0x35, _flags_of(context))))
 

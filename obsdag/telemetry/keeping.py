@@ -98,7 +98,7 @@ class Keeper(Observer):
         self._slow_tasks = _slow_tasks(run.plan.tasks)
         self._hot = self._slow_tasks is not None or bool(run.plan.loops | run.plan.maps | run.plan.joins)
         self._odd = False
-        self._special = 0  # tasks of which more is to be noted when they start
+        self._special = run.plan.loops | run.plan.joins  # tasks of which more is to be noted when they start
         self._base: OtelContext = OtelContext()
         self._outside: OtelContext = self._base
         self.run_parent: SpanContext | None = None

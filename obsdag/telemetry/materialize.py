@@ -39,7 +39,7 @@ MAX_LINKS: Final = 64
 MAX_LATEST: Final = 4_096
 """Executions of one root that later ones may link to: enough for any DAG, bounded for endless fan-outs."""
 MAX_SHARED: Final = 4_096
-"""What the spans of a task by one worker have in common, remembered with its encoded form; and a bound for it."""
+"""How much of what spans have in common a run's tracer remembers, such as that of a task's executions by one worker."""
 
 
 class ErrorText:
@@ -167,8 +167,8 @@ def _state(root: RootTrace, trace_id: int) -> Any:
 
 def shared_of_all(tracer: DeferredTracer, name: str, kind: SpanKind = SpanKind.INTERNAL) -> Shared:
     """Name, kind, and what all spans of a tracer have."""
-    found = tracer.shared.get((name,))
-    return _share(tracer, (name,), name, {}, kind) if found is None else found
+    found = tracer.shared.get((name, kind))
+    return _share(tracer, (name, kind), name, {}, kind) if found is None else found
 
 
 def _shared_of_executions(

@@ -320,22 +320,8 @@ async def test_S1_ten_thousand_concurrent_submits() -> None:
     assert balanced(executor)["output"] == 10_000
 
 
-async def test_S1_an_idle_worker_is_woken_and_not_made_anew() -> None:
-    dag, workers = DAG(), set[asyncio.Task[None] | None]()
-
-    @dag.task
-    async def work(ctx: Context) -> Context:
-        workers.add(asyncio.current_task())
-        return ctx
-
-    async with serve(dag, context_worker_num=4) as executor:
-        for n in range(20):
-            await executor.execute({"n": n})
-        assert len(workers) <= 4
-    assert all(worker is not None and worker.done() for worker in workers)
-
-
-async def test_S1_a_worker_that_is_cancelled_as_it_is_woken_is_replaced() -> None:
+def noting_workers() -> tuple[DAG, list[asyncio.Task[None] | None]]:
+    """A DAG, and the asyncio tasks in which its task ran."""
     dag, workers = DAG(), list[asyncio.Task[None] | None]()
 
     @dag.task
@@ -343,6 +329,20 @@ async def test_S1_a_worker_that_is_cancelled_as_it_is_woken_is_replaced() -> Non
         workers.append(asyncio.current_task())
         return ctx
 
+    return dag, workers
+
+
+async def test_S1_an_idle_worker_is_woken_and_not_made_anew() -> None:
+    dag, workers = noting_workers()
+    async with serve(dag, context_worker_num=4) as executor:
+        for n in range(20):
+            await executor.execute({"n": n})
+        assert len(set(workers)) <= 4
+    assert all(worker is not None and worker.done() for worker in workers)
+
+
+async def test_S1_a_worker_that_is_cancelled_as_it_is_woken_is_replaced() -> None:
+    dag, workers = noting_workers()
     async with serve(dag, context_worker_num=1) as executor:
         await executor.execute({})
         for when in ("woken", "idle"):

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -224,19 +225,22 @@ def test_a_hang_behind_an_open_socket_is_told_after_the_patience() -> None:
         run_virtual(main(), patience_s=0.05)
 
 
-def test_who_calls_at_the_last_moment_and_is_gone_then_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[bool] = []
+def calls_and_goes(waiting: list[asyncio.Future[int]]) -> Callable[..., bool]:
+    """In place of a look for others: one calls just then, once, and is not seen any more."""
 
-    def calls_and_goes(loop: VirtualLoop) -> bool:
-        if not called:
-            called.append(True)
+    def look(loop: VirtualLoop, **_: bool) -> bool:
+        if not waiting[0].done():
             thread = threading.Thread(target=loop.call_soon_threadsafe, args=(waiting[0].set_result, 1))
             thread.start()
             thread.join()
         return False
 
+    return look
+
+
+def test_who_calls_at_the_last_moment_and_is_gone_then_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[asyncio.Future[int]] = []
-    monkeypatch.setattr(VirtualLoop, "_strangers", calls_and_goes)
+    monkeypatch.setattr(VirtualLoop, "_strangers", calls_and_goes(waiting))
 
     async def main() -> int:
         waiting.append(asyncio.get_running_loop().create_future())
@@ -246,18 +250,8 @@ def test_who_calls_at_the_last_moment_and_is_gone_then_is_heard(monkeypatch: pyt
 
 
 def test_who_calls_before_a_jump_and_is_gone_then_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[bool] = []
-
-    def calls_and_goes(loop: VirtualLoop, wanted_only: bool) -> bool:
-        if not called:
-            called.append(wanted_only)
-            thread = threading.Thread(target=loop.call_soon_threadsafe, args=(waiting[0].set_result, 1))
-            thread.start()
-            thread.join()
-        return False
-
     waiting: list[asyncio.Future[int]] = []
-    monkeypatch.setattr(VirtualLoop, "_jobs", calls_and_goes)
+    monkeypatch.setattr(VirtualLoop, "_jobs", calls_and_goes(waiting))
 
     async def main() -> tuple[int, float]:
         loop = asyncio.get_running_loop()
