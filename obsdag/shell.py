@@ -140,7 +140,8 @@ class RunShell(Mailbox):
         run = self.run
         if self._over:
             return None
-        worker.since = now = self.clock()
+        clock = self.clock
+        worker.since = now = clock()
         context = run.take(worker.number, now) if run.queue.size or run.queue.loop or run.rooms else None
         if context is None:
             context = self._pull_input(worker.number, now)

@@ -87,8 +87,8 @@ class Worker:
                     await shell.execute(execution)
                     now = clock()
                 else:
-                    if facts.execution_started is not None:
-                        facts.execution_started(execution, now)
+                    if (tell := facts.execution_started) is not None:
+                        tell(execution, now)
                     try:
                         result = await call(context)
                     except BaseException as error:

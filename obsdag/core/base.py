@@ -83,6 +83,20 @@ class RunBase:
     ...).
     """
 
+    # Not for memory: a dict of so many is shared by no two runs, so that each run's methods are looked up anew.
+    __slots__ = (
+        *("__weakref__", "_deadlines", "_freezes", "_grants", "_settling", "_touched", "_unchecked", "_unreturned"),
+        *("_work", "active", "at_joins", "below", "bits", "buffered", "busy_s", "busy_workers", "bypass", "caller"),
+        *("cancels", "cause", "clock", "closed_pulls", "closings", "config", "context_deadline", "contexts", "debug"),
+        *("dirty", "discarded", "dispatch", "done_scopes", "emit", "entered", "entry_done", "entry_ready", "epoch"),
+        *("execution_class", "executions_total", "facts", "failures", "failures_total", "finished", "first_entered"),
+        *("gc", "id", "idle_at", "joins_pending", "keeping", "kind", "limiter_names", "limits", "living", "max_live"),
+        *("not_plain", "nudge", "plan", "pools", "queue", "quick_executions", "quick_seconds", "quick_visits"),
+        *("quick_waits_s", "recording", "records", "reserved", "resumed", "retries_total", "rooms", "runtime"),
+        *("sink_bit", "stalls", "started", "state_counts", "steps", "stopping", "task_started", "tasks", "timers"),
+        *("told_executions", "told_seconds", "unseen", "visit_since", "waiting_limits"),
+    )
+
     def __init__(
         self, plan: Plan, config: ExecutorConfig, runtime: Runtime, clock: Callable[[], float], epoch: float = 0.0
     ) -> None:
@@ -95,6 +109,8 @@ class RunBase:
         self.epoch = epoch
         self.started = clock()
         self.first_entered: float | None = None
+        self.idle_at: float | None = None  # when what waits for frozen contexts is given up
+        self.resumed: dict[tuple[Context, int], int] | None = None  # of restored contexts, items that came before
         self.facts = Facts()
         self.recording = self.keeping = False
         self.unseen = True
@@ -215,14 +231,14 @@ class RunBase:
         if waited_s < self.facts.quick_wait_s:
             self.quick_visits[lane] += 1
             self.quick_waits_s[lane] += waited_s
-        elif self.facts.visit_started is not None:
-            self.facts.visit_started(context, worker, lane, waited_s, now)
+        elif (tell := self.facts.visit_started) is not None:
+            tell(context, worker, lane, waited_s, now)
 
     def _end_visit(self, context: Context, worker: int, busy_s: float, now: float) -> None:
         self.visit_since[worker] = -1.0
         self.busy_s[worker] += busy_s
-        if self.facts.visit_finished is not None:
-            self.facts.visit_finished(context, worker, busy_s, now)
+        if (tell := self.facts.visit_finished) is not None:
+            tell(context, worker, busy_s, now)
 
     # --- states and the ledger
 
@@ -241,8 +257,8 @@ class RunBase:
         context._since = now
         if old > _RUNNING and stayed > 0.0:
             self._waited(context, old, stayed)
-        if self.facts.state_left is not None and stayed >= self.facts.min_stay_s:
-            self.facts.state_left(context, old, stayed, now)
+        if (tell := self.facts.state_left) is not None and stayed >= self.facts.min_stay_s:
+            tell(context, old, stayed, now)
 
     def _waited(self, context: Context, state: int, stayed_s: float) -> None:
         if context._ledger is not None:

@@ -24,6 +24,8 @@ __all__ = ["Joins"]
 class Joins(Progress):
     """Parked children, fired joins, branches that come to nothing."""
 
+    __slots__ = ()
+
     def _fires(self, context: Context, index: int) -> bool:
         """Whether the join is about to be called, or is, with the children of the context."""
         lends = context._more.lends if context._more is not None else None
@@ -58,8 +60,8 @@ class Joins(Progress):
         self._restate(child, now)
         self._touched.append(lend)
         self._work.append(lend.parent)
-        if self.facts.join_waiting is not None:
-            self.facts.join_waiting(child, self.plan.tasks[join], now)
+        if (tell := self.facts.join_waiting) is not None:
+            tell(child, self.plan.tasks[join], now)
 
     def _try_join(self, lend: Lend, now: float) -> bool:
         """Fires the join of a lent branch if everything is there; True if it fired, failed the parent, or is firing."""
@@ -102,10 +104,10 @@ class Joins(Progress):
         return meeting
 
     def _tell_released(self, parent: Context, branches: list[Lend], join: int, now: float) -> None:
-        if self.facts.join_released is not None:
+        if (tell := self.facts.join_released) is not None:
             arrived = sum(branch.arrived.get(join, 0) for branch in branches)
             first = min((branch.first_arrival for branch in branches if branch.arrived), default=now)
-            self.facts.join_released(parent, self.plan.tasks[join], arrived, now - first, now)
+            tell(parent, self.plan.tasks[join], arrived, now - first, now)
         latest = [branch.latest for branch in branches if branch.latest is not None]
         if self.recording and latest:
             more = more_of(parent)

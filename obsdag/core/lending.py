@@ -23,6 +23,8 @@ __all__ = ["Lending"]
 class Lending(Waits):
     """Open branches of a context, by the task that lent them."""
 
+    __slots__ = ()
+
     def _lend(self, parent: Context, index: int, now: float) -> Lend:
         """The open lent branch of `parent` at task `index`, opened now if it is not."""
         more = more_of(parent)

@@ -27,6 +27,8 @@ __all__ = ["Lifecycle"]
 class Lifecycle(RunBase):
     """From entering to the one outcome."""
 
+    __slots__ = ()
+
     # --- entering
 
     def accept(self, context: Context, now: float) -> None:
@@ -72,8 +74,8 @@ class Lifecycle(RunBase):
             bypassed = plan.bypass[index]
             ready = self._ready_below(index, done | bypassed)
             self._enter(context, "child" if context._parent else "made", done | bypassed, ready, now)
-            if bypassed and self.facts.tasks_bypassed is not None:
-                self.facts.tasks_bypassed(context, bypassed.bit_count(), now)
+            if bypassed and (tell := self.facts.tasks_bypassed) is not None:
+                tell(context, bypassed.bit_count(), now)
             return
         maker = execution.context._more
         if maker is not None and maker.dead:
@@ -132,8 +134,8 @@ class Lifecycle(RunBase):
             context._ledger = 0.0
             if self.context_deadline is not None:
                 self.set_deadline(context, now + self.context_deadline)
-        if self.facts.context_entered is not None:
-            self.facts.context_entered(context, kind, context._maker, now)
+        if (tell := self.facts.context_entered) is not None:
+            tell(context, kind, context._maker, now)
         if visited:
             context._lane = NEW
             context._ready = ready  # an input's first tasks: neither a join nor the sink
@@ -148,8 +150,8 @@ class Lifecycle(RunBase):
         self._offer(context, ready, now)
         if context._ready and context not in self._freezes:
             self.queue.put(context, NEW)
-            if self.facts.context_queued is not None:
-                self.facts.context_queued(context, NEW, now)
+            if (tell := self.facts.context_queued) is not None:
+                tell(context, NEW, now)
         else:
             self._schedule(context, now)
 
@@ -214,8 +216,8 @@ class Lifecycle(RunBase):
         if context._place == IDLE and context._outcome is None:
             if context._ready and context not in self._freezes:
                 self.queue.put(context, CONTINUING)
-                if self.facts.context_queued is not None:
-                    self.facts.context_queued(context, CONTINUING, now)
+                if (tell := self.facts.context_queued) is not None:
+                    tell(context, CONTINUING, now)
             elif not (context._running or context._ready or context._holds):
                 self._work.append(context)
             self._restate(context, now)
@@ -283,12 +285,13 @@ class Lifecycle(RunBase):
         # Asked for None here and where a branch ends: tracing's executions are mappings, whose truth is a call.
         if self.recording and context._ledger is not None and self.cause is not None:
             context._maker = self.cause
-        if self.facts.context_finished is not None:
-            self.facts.context_finished(context, outcome, now)
+        if (tell := self.facts.context_finished) is not None:
+            tell(context, outcome, now)
         if output is not None:
             output._outcome = "output"
             if context._scope is None:
-                self.emit(output)
+                emit = self.emit  # an attribute, called as a method, would be looked for in the class each time
+                emit(output)
             else:
                 context._scope.outputs.append(output)
         if context._scope is not None and not (context._more is not None and context._more.pending_end):
@@ -329,13 +332,13 @@ class Lifecycle(RunBase):
         if not self.gc and reason != "destroyed" and not self.stopping:
             self._keep_discarded(context, outcome, now)
         else:
-            if self.facts.context_destroyed is not None:
-                self.facts.context_destroyed(context, task, reason, now)
+            if (tell := self.facts.context_destroyed) is not None:
+                tell(context, task, reason, now)
             self._end(context, outcome, now)
-        dropping = reason == "discarded" and self.facts.context_dropped is not None  # emptied: no warning (T14, T15)
-        if dropping and task is not None and not (task.config.may_drop or task.config.pass_through):
-            assert self.facts.context_dropped is not None
-            self.facts.context_dropped(context, task, now)
+        if reason != "discarded" or task is None:  # emptied: no warning (T14, T15)
+            return
+        if not (task.config.may_drop or task.config.pass_through) and (tell := self.facts.context_dropped) is not None:
+            tell(context, task, now)
 
     def _keep_discarded(self, context: Context, outcome: str, now: float) -> None:
         more = more_of(context)
@@ -353,15 +356,15 @@ class Lifecycle(RunBase):
         self._move(context, _DISCARDED, now)
         self.discarded += 1
         self._work.append(context)
-        if self.facts.context_changed is not None:
-            self.facts.context_changed(context, now)
+        if (tell := self.facts.context_changed) is not None:
+            tell(context, now)
 
     def end_discarded(self, now: float) -> None:
         """At the run's end: what `enable_context_gc=False` kept readable ends as it was going to (E11)."""
         for context in [c for c in self.contexts if c._more is not None and c._more.pending_end]:
             more = more_of(context)
-            if self.facts.context_destroyed is not None:
-                self.facts.context_destroyed(context, None, more.why, now)
+            if (tell := self.facts.context_destroyed) is not None:
+                tell(context, None, more.why, now)
             self._end(context, more.pending_end or "dropped", now)
 
     # --- what ends others
@@ -393,8 +396,8 @@ class Lifecycle(RunBase):
         else:
             self.failures.pop(0)
             self.failures.append(failure)
-        if self.facts.context_failed is not None:
-            self.facts.context_failed(context, failure, execution, now)
+        if (tell := self.facts.context_failed) is not None:
+            tell(context, failure, execution, now)
         self._end(context, "failed", now)
         self._cascade(context, now)
 
@@ -404,8 +407,8 @@ class Lifecycle(RunBase):
         for child in pending:  # grows while it is walked
             if child._run is self and alive(child):
                 more_of(child).why = "cascade"
-                if self.facts.context_destroyed is not None:
-                    self.facts.context_destroyed(child, None, "cascade", now)
+                if (tell := self.facts.context_destroyed) is not None:
+                    tell(child, None, "cascade", now)
                 self._end(child, "cancelled", now)
             pending.extend(child._children or ())
 
@@ -441,8 +444,8 @@ class Lifecycle(RunBase):
 
     def _stall(self, context: Context, stall: Stall, now: float) -> None:
         self.stalls.append(stall)
-        if self.facts.context_stalled is not None:
-            self.facts.context_stalled(context, stall, now)
+        if (tell := self.facts.context_stalled) is not None:
+            tell(context, stall, now)
         self._end(context, "stalled", now)
 
     def _recompute_parked(self, context: Context) -> None:

@@ -21,6 +21,8 @@ RECORDS_PER_ROOT: Final = 1000
 class Progress(Lending):
     """A context's way through the plan, as operations on its masks."""
 
+    __slots__ = ()
+
     def _note_started(self, execution: Execution, now: float) -> None:
         context, index = execution.context, execution.index
         context._running |= self.plan.bit[index]
@@ -79,13 +81,13 @@ class Progress(Lending):
         if took_s < self.facts.skip_s and outcome == "success" and not execution.watched:
             self.quick_executions[index] += 1
             self.quick_seconds[index] += took_s
-            if self.facts.to_every is not None:
-                self.facts.to_every(execution, outcome, error, now)
+            if (tell := self.facts.to_every) is not None:
+                tell(execution, outcome, error, now)
             return
         self.told_executions[index] += 1
         self.told_seconds[index] += took_s
-        if self.facts.execution_finished is not None:
-            self.facts.execution_finished(execution, outcome, error, now)
+        if (tell := self.facts.execution_finished) is not None:
+            tell(execution, outcome, error, now)
 
     def _keep_record(self, execution: Execution) -> None:
         root = execution.context

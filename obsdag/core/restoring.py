@@ -102,8 +102,8 @@ def _register(run: RunState, saved: Saved, now: float) -> None:
             saved.deadline = now + run.context_deadline
     if saved.deadline is not None:
         run.set_deadline(context, saved.deadline)
-    if run.facts.context_entered is not None:
-        run.facts.context_entered(context, saved.kind, None, now)
+    if (tell := run.facts.context_entered) is not None:
+        tell(context, saved.kind, None, now)
 
 
 def _open_lends(run: RunState, saved: Saved, now: float) -> None:
@@ -164,8 +164,8 @@ def _schedule(run: RunState, saved: Saved, now: float, lane: int) -> None:
         run._note_freeze(context, True, now)
     if context._ready and not saved.frozen:
         run.queue.put(context, lane)
-        if run.facts.context_queued is not None:
-            run.facts.context_queued(context, lane, now)
+        if (tell := run.facts.context_queued) is not None:
+            tell(context, lane, now)
         run._restate(context, now)
     else:
         run._schedule(context, now)

@@ -24,9 +24,9 @@ __all__ = ["Sources"]
 
 
 class Sources(Joins):
-    """Pulled items; contexts that are returned again. resumed: of restored contexts, items that came before."""
+    """Pulled items; contexts that are returned again."""
 
-    resumed: dict[tuple[Context, int], int] | None = None
+    __slots__ = ()
 
     # --- room (E16)
 
@@ -180,8 +180,8 @@ class Sources(Joins):
             if pull.lend is not None and item._parent is pull.context:
                 self._join_lend(item, pull.lend)
             self._enter_made(item, execution, now)
-        if self.facts.loop_item is not None:
-            self.facts.loop_item(item, pull.task, now)
+        if (tell := self.facts.loop_item) is not None:
+            tell(item, pull.task, now)
 
     def _wait_for_turn(self, pull: Pull, now: float) -> None:
         context, bit = pull.context, self.plan.bit[pull.index]
@@ -312,8 +312,8 @@ class Sources(Joins):
         if other._place == QUEUED and not other._ready:
             self.queue.forget(other)
         self._schedule(other, now)
-        if self.facts.context_changed is not None:
-            self.facts.context_changed(other, now)
+        if (tell := self.facts.context_changed) is not None:
+            tell(other, now)
 
     def _lend_between(self, ancestor: Context, context: Context) -> Lend | None:
         """The lent branch of `ancestor` that `context` descends through, None if it does not."""

@@ -32,6 +32,8 @@ __all__ = ["RunState"]
 class RunState(Sources):
     """The state of one run and its transitions."""
 
+    __slots__ = ()
+
     # --- a worker's visit
 
     def take(self, worker: int, now: float) -> Context | None:
@@ -92,8 +94,8 @@ class RunState(Sources):
         context._place = IDLE
         self.visit_since[worker] = -1.0  # as in `_end_visit`
         self.busy_s[worker] += busy_s
-        if self.facts.visit_finished is not None:
-            self.facts.visit_finished(context, worker, busy_s, now)
+        if (tell := self.facts.visit_finished) is not None:
+            tell(context, worker, busy_s, now)
         if context._outcome is None and context._state != _DISCARDED:
             self._schedule(context, now)
         if self._work or self._touched:
@@ -161,7 +163,8 @@ class RunState(Sources):
         if self.unseen:  # nobody looks at executions: the next one may be the same object again, and is not kept alive
             execution.index, execution.task, execution.started, context._maker = index, self.tasks[index], now, None
             return execution
-        following = self.execution_class()  # `Execution.begun` written out
+        made = self.execution_class
+        following = made()  # `Execution.begun` written out
         following.context, following.task, following.index = context, self.tasks[index], index
         following.attempt, following.started, following.ended = 1, now, 0.0
         following.worker, following.lane = execution.worker, context._lane
@@ -246,8 +249,8 @@ class RunState(Sources):
             self._output(context, now, output)
         elif kept and delay is not None:
             self._wait_for(context, index, now + delay, _LIMIT_WAIT, now)
-            if self.facts.limit_deferred is not None:
-                self.facts.limit_deferred(context, execution.task, execution.task.id, now)
+            if (tell := self.facts.limit_deferred) is not None:
+                tell(context, execution.task, execution.task.id, now)
         else:
             self._take_returned(execution, returned, now)
             if joins and alive(context):
@@ -359,8 +362,8 @@ class RunState(Sources):
             if more.released is None:
                 more.released = {}
             more.released[index] = execution
-        if self.facts.retry_scheduled is not None:
-            self.facts.retry_scheduled(execution, error, delay, now)
+        if (tell := self.facts.retry_scheduled) is not None:
+            tell(execution, error, delay, now)
         if execution.abandoned:
             self._unreturned[execution] = None
             self._park(context, wait, _RETRY_WAIT)
@@ -460,8 +463,8 @@ class RunState(Sources):
 
     def keep_trace(self, context: Context, now: float) -> None:
         """Passes on that somebody wants the trace of the context's root."""
-        if self.facts.context_kept is not None:
-            self.facts.context_kept(context, now)
+        if (tell := self.facts.context_kept) is not None:
+            tell(context, now)
 
     # --- the end of a run
 

@@ -20,7 +20,7 @@ __all__ = ["Waits"]
 class Waits(Lifecycle):
     """A waiting task is in `_parked` and holds its context once; nothing polls."""
 
-    idle_at: float | None = None
+    __slots__ = ()
 
     # --- limits (T7)
 
@@ -39,10 +39,10 @@ class Waits(Lifecycle):
         wait.on = request
         self._park(context, wait, _LIMIT_WAIT)
         self.waiting_limits += 1
-        if self.facts.limit_deferred is not None:
+        if (tell := self.facts.limit_deferred) is not None:
             assert request.blocking is not None
             name = self.limiter_names.get(request.blocking, "")
-            self.facts.limit_deferred(context, self.plan.tasks[index], name, now)
+            tell(context, self.plan.tasks[index], name, now)
         return False, None
 
     def granted(self, request: LimitRequest) -> None:
@@ -64,10 +64,10 @@ class Waits(Lifecycle):
             return
         self.waiting_limits -= 1
         self._unpark(context, wait)
-        if self.facts.limit_granted is not None:
+        if (tell := self.facts.limit_granted) is not None:
             assert request.blocking is not None
             name = self.limiter_names.get(request.blocking, "")
-            self.facts.limit_granted(context, self.plan.tasks[wait.index], name, now - request.asked_at, now)
+            tell(context, self.plan.tasks[wait.index], name, now - request.asked_at, now)
         self._permit_for(context, wait.index, now)
 
     def _permit_for(self, context: Context, index: int, now: float) -> None:
@@ -252,8 +252,8 @@ class Waits(Lifecycle):
             self._freezes[context] = None
         else:
             del self._freezes[context]
-        if self.facts.context_changed is not None:
-            self.facts.context_changed(context, now)
+        if (tell := self.facts.context_changed) is not None:
+            tell(context, now)
 
     def _only_frozen(self) -> bool:
         return bool(self._freezes) and not self.moving()
