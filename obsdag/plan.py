@@ -15,17 +15,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
+from typing import Final
 
 from obsdag.tasks.base import Task
 
-__all__ = ["FAN_OUT_SHAPES", "Plan", "Step", "compile_plan", "indices", "topological_order"]
+__all__ = ["FAN_OUT_SHAPES", "MAX_WAYS", "Plan", "Step", "compile_plan", "indices", "topological_order"]
 
 
-Step = tuple[int, int, int, tuple[tuple[int, int], ...]]
+Way = tuple[int, int, int, int, bool]
+"""What follows a task on a context of which nothing else runs: of the masks of completed and of ready tasks it is a
+function. ready: before; index and bit of the task that begins; what is ready then; whether the task released any.
+"""
+Step = tuple[int, int, int, tuple[tuple[int, int], ...], dict[int, Way] | None]
 """What the core's short way from an execution to the next needs to know of a task, None where that must not be taken:
 its bit; the index of the only task below it, if nothing but this one is above that, else 0 (the source's); the mask of
-the tasks below that wait for nothing else; of the others below, the bit and the mask of what they wait for.
+the tasks below that wait for nothing else; of the others below, the bit and the mask of what they wait for; the ways on
+that were found so far, by what is completed (None: masks are too big to be remembered).
 """
+MAX_WAYS: Final = 8
+"""Ways remembered per task: one runner at a time takes tasks in order, so that most have one or two."""
+_MAX_TASKS_WITH_WAYS: Final = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -217,7 +226,8 @@ def _step(index: int, bit: Sequence[int], below: Sequence[tuple[int, int]], foll
         else:
             rest.append((each, waits_for))
     sink = len(bit) - 1
-    return bit[index], follow if 0 < follow < sink else 0, frees, tuple(rest)
+    ways: dict[int, Way] | None = {} if sink < _MAX_TASKS_WITH_WAYS else None
+    return bit[index], follow if 0 < follow < sink else 0, frees, tuple(rest), ways
 
 
 FAN_OUT_SHAPES = ("function", "stream", "loop", "service", "map")

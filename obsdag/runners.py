@@ -199,11 +199,16 @@ class Runners:
                 result = await work
         except TimeoutError as error:
             if scope.expired() and not isinstance(error, ExecutionTimeout):
-                raise self.shell.timed_out(execution) from None
+                raise self.timed_out(execution) from None
             raise
         if scope.expired():  # the function swallowed its cancellation and returned late
-            raise self.shell.timed_out(execution)
+            raise self.timed_out(execution)
         return result
+
+    def timed_out(self, execution: Execution) -> ExecutionTimeout:
+        """The error of an execution that took longer than its `timeout`."""
+        task = execution.task
+        return ExecutionTimeout(f"task {task.id!r} took longer than its timeout of {task.config.timeout} s")
 
     async def in_thread(self, execution: Execution, function: Callable[..., Any], *given: Any) -> Any:
         """Runs a function in the thread pool, with this frame's contextvars (T12)."""
@@ -232,7 +237,7 @@ class Runners:
             if not scope.expired():
                 raise
             self._abandon(execution, job)
-            raise self.shell.timed_out(execution) from None
+            raise self.timed_out(execution) from None
 
     def _job_started(self, execution: Execution, scope: asyncio.Timeout, limit: float | None) -> None:
         self.shell.run.pool_started(execution, self.shell.clock())

@@ -145,7 +145,7 @@ class ServiceRunner:
         execution.handle = answer
         limit = self.task.config.timeout
         if limit is not None:
-            timer = loop.call_later(limit, lambda: answer.set_exception(self.shell.timed_out(execution)))
+            timer = loop.call_later(limit, lambda: answer.set_exception(self.runners.timed_out(execution)))
             answer.add_done_callback(lambda _: timer.cancel())
         future: Any = ThreadAnswer(loop, answer) if self.threaded else answer
         self.inbox.put_nowait((execution.context, future))

@@ -26,7 +26,7 @@ from obsdag.context import Context, LoopContext
 from obsdag.core.observer import Facts
 from obsdag.core.records import Execution, current_execution
 from obsdag.core.state import RunState
-from obsdag.errors import ExecutionTimeout, InternalError
+from obsdag.errors import InternalError
 from obsdag.inputs import as_context
 from obsdag.mailbox import Mailbox, clean_copy, clock_of
 from obsdag.runners import Runners
@@ -50,6 +50,12 @@ _WOKEN_PER_ROUND = 8  # workers: were it all, 64 that never wait would cost a fi
 
 class RunShell(Mailbox):
     """One run on one event loop. `done` is resolved when nothing lives and no input is left."""
+
+    __slots__ = (
+        *("_timer", "_timer_at", "_turns", "abandoned", "base", "config", "direct", "done", "early", "env", "fatal"),
+        *("feeding", "free", "plan", "pools", "random", "recorder", "refill", "restore", "runners", "takers"),
+        *("tasks", "turn_end", "wanted", "width"),
+    )
 
     def __init__(
         self,
@@ -373,11 +379,6 @@ class RunShell(Mailbox):
             while handle.cancelling():
                 handle.uncancel()
 
-    def timed_out(self, execution: Execution) -> ExecutionTimeout:
-        """The error of an execution that took longer than its `timeout`."""
-        task = execution.task
-        return ExecutionTimeout(f"task {task.id!r} took longer than its timeout of {task.config.timeout} s")
-
     async def drive_pull(self, marker: LoopContext, worker: Worker) -> None:
         """One item of a loop or map."""
         execution = self.run.begin_pull(marker, self.clock(), worker.number)
@@ -421,10 +422,8 @@ class RunShell(Mailbox):
 
     def _wake(self) -> None:
         self._timer, self._timer_at = None, None
-        self.run.wake(max(self.clock(), self._timer_at or 0.0))
+        self.run.wake(self.clock())
         self.pump()
-
-    # --- the end of what was abandoned
 
     def thread_returned(self, execution: Execution) -> None:
         """An abandoned thread or process has come back from an execution (T13)."""

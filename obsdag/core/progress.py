@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from obsdag.context import Context
+from obsdag.context import Context, OutputContext
 from obsdag.core.base import _DISCARDED, _RUNNING, more_of
 from obsdag.core.lending import Lending
 from obsdag.core.records import Execution
-from obsdag.plan import indices
+from obsdag.plan import MAX_WAYS, Step, indices
 
 __all__ = ["RECORDS_PER_ROOT", "Progress"]
 
@@ -159,3 +159,53 @@ class Progress(Lending):
                 return True
             ancestor = ancestor._parent
         return False
+
+    # --- the short way (`RunState.finish_and_begin`)
+
+    def _find_next(self, execution: Execution, step: Step, now: float) -> int:
+        """What the runner of an ended execution goes on with, which is not ready any more; -1 if with nothing.
+
+        A way that depends on nothing else than what it is remembered by is remembered.
+        """
+        context = execution.context
+        done, running, was = context._done, context._running, context._ready
+        _, _, frees, rest, ways = step
+        for below, waits_for in rest:
+            if waits_for & done == waits_for:
+                frees |= below
+        if frees & self.sink_bit:
+            self._reach_sink(execution, context, now)
+            return -1
+        ready = was
+        if frees and was and self.recording:
+            self.cause = execution
+            self._release(context, frees & ~(done | running | was), now)
+            ready = context._ready
+        elif frees:
+            ready = context._ready = was | frees & ~(done | running)
+            context._maker = execution
+        low = ready & -ready
+        index = low.bit_length() - 1
+        if not ready or self.limits[index]:
+            self._put_down(execution)
+            return -1
+        context._ready = ready ^ low
+        if ways is not None and not running and not (frees and was) and len(ways) < MAX_WAYS:
+            ways[done] = was, index, low, ready ^ low, frees != 0
+        return index
+
+    def _put_down(self, execution: Execution) -> None:
+        """Nothing follows an execution for its runner."""
+        execution.context._executions.remove(execution)  # type: ignore[union-attr]
+        self.active -= 1
+        if self.unseen:
+            execution.context._maker = None
+
+    def _reach_sink(self, execution: Execution, context: Context, now: float) -> None:
+        self.active -= 1
+        if context._running:  # else its end forgets them all
+            context._executions.remove(execution)  # type: ignore[union-attr]
+        self.cause = execution
+        self._end(context, "output", now, OutputContext(context))
+        if self._work or self._touched:
+            self._settle_all(now)

@@ -125,7 +125,7 @@ class RunState(Sources):
         if step is None or odd or context._outcome is not None or self._freezes:
             self.finish(execution, context, now)
             return None
-        bit, follow, frees, rest = step
+        bit, follow, frees, _, ways = step
         running = context._running = 0 if context._running is bit else context._running ^ bit  # of long plans: big
         if not self.unseen:
             execution.ended, execution.outcome = now, "success"
@@ -140,24 +140,17 @@ class RunState(Sources):
         if follow and not (ready or running):
             index, low = follow, frees
             context._maker = execution
-        else:
-            for below, waits_for in rest:
-                if waits_for & done == waits_for:
-                    frees |= below
-            if frees & self.sink_bit:
-                self._reach_sink(execution, context, now)
-                return None
-            if frees and ready and self.recording:
-                ready = self._free(execution, frees & ~(done | running | ready), now)
-            elif frees:
-                ready = context._ready = ready | frees & ~(done | running)
+        elif frees == self.sink_bit:
+            self._reach_sink(execution, context, now)
+            return None
+        elif ways and not running and (way := ways.get(done)) is not None and way[0] == ready:
+            _, index, low, context._ready, released = way
+            if released:
                 context._maker = execution
-            low = ready & -ready
-            index = low.bit_length() - 1
-            if not ready or self.limits[index]:
-                self._put_down(execution)
-                return None
-            context._ready = ready ^ low
+        elif (index := self._find_next(execution, step, now)) >= 0:
+            low = self.bits[index]
+        else:
+            return None
         context._running = running | low if running else low
         self.task_started[index] += 1
         if self.unseen:  # nobody looks at executions: the next one may be the same object again, and is not kept alive
@@ -178,28 +171,6 @@ class RunState(Sources):
         executions: Any = context._executions
         executions[0 if executions[0] is execution else executions.index(execution)] = following
         return following
-
-    def _put_down(self, execution: Execution) -> None:
-        """Nothing follows an execution for its runner."""
-        execution.context._executions.remove(execution)  # type: ignore[union-attr]
-        self.active -= 1
-        if self.unseen:
-            execution.context._maker = None
-
-    def _reach_sink(self, execution: Execution, context: Context, now: float) -> None:
-        self.active -= 1
-        if context._running:  # else its end forgets them all
-            context._executions.remove(execution)  # type: ignore[union-attr]
-        self.cause = execution
-        self._end(context, "output", now, OutputContext(context))
-        if self._work or self._touched:
-            self._settle_all(now)
-
-    def _free(self, execution: Execution, frees: int, now: float) -> int:
-        """Makes plain tasks ready beside others, and notes which execution each of them waited for; returns all."""
-        self.cause = execution
-        self._release(execution.context, frees, now)
-        return execution.context._ready
 
     def _finish_own(self, execution: Execution, context: Context, now: float) -> None:
         """The common case written out, since it is most of what the engine does: `_end_execution`, `_complete`."""
