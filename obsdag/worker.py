@@ -60,7 +60,7 @@ class Worker:
         """Visits one context after the other until there is nothing to do; first, as a further runner, `context`."""
         shell, run, clock = self.shell, self.shell.run, self.shell.clock
         begin, advance, direct, facts = run.begin, run.finish_and_begin, shell.direct, run.facts
-        number, width = self.number, shell.width
+        number, width, alone = self.number, shell.width, shell.width == 1
         handle = asyncio.current_task()
         assert handle is not None
         now = clock()
@@ -79,7 +79,7 @@ class Worker:
             execution = begin(context, now, number)
             while execution is not None:
                 execution.handle = handle
-                if context._ready and (not width or self.runners < width):
+                if not alone and context._ready and (not width or self.runners < width):
                     self.runners += 1
                     shell.spawn(self._work(context), None)
                 call = direct[execution.index]

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -74,6 +75,7 @@ class OtlpReceiver:
         self.mode = mode
         self.delay_s = delay_s
         self.requests = 0
+        self.authorization = ""  # of the latest request
         self._spans: list[ReceivedSpan] = []
         self._changed = threading.Condition()
         self._closing = threading.Event()
@@ -161,10 +163,12 @@ class OtlpReceiver:
                     self.close_connection = True
                     return
                 status, answer = 500, b""
-                if mode != "error" and self.path == "/v1/traces":
+                path = urlsplit(self.path).path  # a proxy is asked for a whole URL
+                receiver.authorization = self.headers.get("Authorization", "")
+                if mode != "error" and path == "/v1/traces":
                     receiver.take(_inflated(body, self.headers.get("Content-Encoding", "")))
                     status, answer = 200, ExportTraceServiceResponse().SerializeToString()
-                elif self.path != "/v1/traces":
+                elif path != "/v1/traces":
                     status = 404
                 self.send_response(status)
                 self.send_header("Content-Type", "application/x-protobuf")

@@ -74,6 +74,7 @@ class DeferredTracer(Keeper):
             self.run_trace_id = caller.trace_id
         self._started = now
         self._odd = bool(self._base or self._special)
+        self._plain = not (self._odd or self._hot)
         self._dropped = self.stats.count_dropped(dag=self.dag)
         self._pipeline.opened(self)
 
@@ -110,7 +111,7 @@ class DeferredTracer(Keeper):
             root.trace_id = random_bits(128) or 1
             root.records = []
             root.open = 1
-            root.hot, root.odd = self._hot, self._odd
+            root.hot, root.odd, root.plain = self._hot, self._odd, self._plain
             root.decision = root.more = root.last = None
             root._span_id = 0
             self.room -= 1
@@ -132,7 +133,7 @@ class DeferredTracer(Keeper):
                 root.open += 1
                 return
         root = RootTrace.begun(self, context._id, now, self._most)
-        root.hot, root.odd = self._hot, self._odd
+        root.hot, root.odd, root.plain = self._hot, self._odd, self._plain
         given = context._trace
         context._trace = root
         self.room -= 1
@@ -158,6 +159,7 @@ class DeferredTracer(Keeper):
             sampled = given.span_context is not None and given.span_context.trace_flags.sampled
             if self._follow and sampled:
                 self._keep(root, "parent")
+        root.plain = not (root.odd or root.hot)
 
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
         """The last context of a tree to end brings the decision."""
@@ -226,6 +228,7 @@ class DeferredTracer(Keeper):
                     root.rare().tail.add(span)
                     root.open += 1
                     root.hot = execution.watched = True
+                    root.plain = False
 
     # --- reasons to keep
 
@@ -276,22 +279,16 @@ class DeferredTracer(Keeper):
         if TYPE_CHECKING:
             assert isinstance(execution, TracedExecution)  # of `execution_class`
         try:
-            trace = execution.context._trace
-            root = trace if type(trace) is RootTrace else trace.root
-            left = root.left = root.left - 1
-            if left < 0 or root.odd:
-                self._start_odd(execution, trace, now)
-                return
-            execution.trace = trace
-            room = self.room
-            if root is trace and room > 0 and not root.hot:
+            trace, room = execution.context._trace, self.room
+            if trace.plain and room > 0 and (left := trace.left) > 0:
+                trace.left = left - 1
                 self.room = room - 1
+                execution.trace = trace
                 execution.listed = True
-                root.records.append(execution)
+                trace.records.append(execution)
+                make_current(execution)  # type: ignore[arg-type]  # looks like one, and a dict would be another object
             else:
-                execution.listed = False
-                execution.watched = True
-            make_current(execution)  # type: ignore[arg-type]  # looks like one, and a dict would be another object
+                self._start(execution, trace, now)
         except Exception as error:
             self._broke("execution_started", error)
 
@@ -403,9 +400,12 @@ class DeferredTracer(Keeper):
         if len(spans) < MAX_LINKS:
             spans.append(span)
 
-    def _start_odd(self, execution: TracedExecution, trace: ContextTrace, now: float) -> None:
-        """A long trace goes on in a new one, a pull has one of its own, a join gets its links, baggage is carried."""
+    def _start(self, execution: TracedExecution, trace: ContextTrace, now: float) -> None:
+        """Its record is left at its end. A long trace goes on in a new one, a pull has one of its own, a join gets its
+        links, baggage is carried.
+        """
         root, bit = trace.root, self.plan.bit[execution.index]
+        root.left -= 1
         if root.left < 0:
             self._continue(root, now)
         more = root.more
@@ -448,6 +448,7 @@ class DeferredTracer(Keeper):
         trace.root.left += 1
         root = RootTrace.begun(self, trace.raw_id, now, self._most - 1)
         root.hot = root.odd = True
+        root.plain = False
         self.room -= 1
         more = root.rare()
         more.pull, more.iteration = "open", number

@@ -60,20 +60,9 @@ class Keeper(Observer):
 
     __slots__ = (
         *("_base", "_bound", "_dropped", "_epoch_ns", "_follow", "_hot", "_hunts", "_kept_any", "_most", "_odd"),
-        *(
-            "_outside",
-            "_over",
-            "_pipeline",
-            "_pulls",
-            "_quantile",
-            "_slow_s",
-            "_slow_tasks",
-            "_special",
-            "_started",
-            "_timed",
-        ),
-        *("dag", "engine", "epoch", "give_places", "lock", "new_span_id", "plan", "room", "run", "run_parent"),
-        *("run_span_id", "run_trace_id", "shared", "source", "stats", "take_places", "texts"),
+        *("_outside", "_over", "_pipeline", "_plain", "_pulls", "_quantile", "_slow_s", "_slow_tasks", "_special"),
+        *("_started", "_timed", "dag", "engine", "epoch", "give_places", "lock", "new_span_id", "plan", "room"),
+        *("run", "run_parent", "run_span_id", "run_trace_id", "shared", "source", "stats", "take_places", "texts"),
     )
 
     def __init__(
@@ -116,6 +105,7 @@ class Keeper(Observer):
         self._slow_tasks = _slow_tasks(run.plan.tasks)
         self._hot = self._slow_tasks is not None or bool(run.plan.loops | run.plan.maps | run.plan.joins)
         self._odd = False
+        self._plain = not self._hot
         self._special = run.plan.loops | run.plan.joins  # tasks of which more is to be noted when they start
         self._base: OtelContext = OtelContext()
         self._outside: OtelContext = self._base
@@ -279,7 +269,7 @@ class Keeper(Observer):
                 root.rare().over = True
                 return False
             root.decision = reason
-            root.hot = True
+            root.hot, root.plain = True, False
             _release_user_spans(root)
         self._kept_any = True
         self.stats.decide(reason, dag=self.dag)

@@ -186,7 +186,7 @@ class ContextTrace:
 
     __slots__ = ("last", "maker", "raw_id", "root")
 
-    top = False
+    top = plain = False
     # No `__init__`: that would be another call for each root.
     last: ExecutionSpan | None
     maker: ExecutionSpan | None
@@ -207,11 +207,12 @@ class RootTrace(ContextTrace):
     tracer: the run's observer. raw_id: `Context._id` of its context. trace_id, span_id: of the trace it writes to now
     and of its `context` span. left: executions until `max_spans_per_trace`. open: living contexts, and executions that
     outlive theirs. records: see the module. odd, hot: an execution's start, its end, needs more than a span and a
-    record. decision: one of TRACE_DECISIONS once taken.
+    record; plain: neither. decision: one of TRACE_DECISIONS once taken.
     """
 
     __slots__ = (
-        *("_span_id", "decision", "entered", "hot", "left", "more", "odd", "open", "records", "trace_id", "tracer"),
+        *("_span_id", "decision", "entered", "hot", "left", "more", "odd", "open", "plain", "records", "trace_id"),
+        "tracer",
     )
 
     top = True
@@ -225,6 +226,7 @@ class RootTrace(ContextTrace):
     open: int
     hot: bool
     odd: bool
+    plain: bool
     decision: str | None
     more: RootMore | None
     _span_id: int
@@ -241,6 +243,7 @@ class RootTrace(ContextTrace):
         self.records = []
         self.open = 1
         self.hot = self.odd = False
+        self.plain = True
         self.decision = self.more = self.last = None
         self._span_id = 0
         return self

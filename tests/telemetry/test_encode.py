@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +104,34 @@ def test_the_exporters_own_settings_hold(compression: str, monkeypatch: pytest.M
         exporter.shutdown()
 
     assert [span.attributes for span in receiver.spans] == [{"key": "value"}]
+
+
+def test_the_environments_proxy_and_credentials_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine collector.invalid login ada password secret")
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("NO_PROXY", "no_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with OtlpReceiver() as receiver:
+        monkeypatch.setenv("http_proxy", receiver.endpoint)
+        exporter = HttpExporter(endpoint="http://collector.invalid:4318/v1/traces")
+        monkeypatch.delenv("http_proxy")  # it was asked for once
+        exporter.export([a_span(key="value")])
+        exporter.shutdown()
+
+    assert [span.attributes for span in receiver.spans] == [{"key": "value"}]
+    assert receiver.authorization == "Basic " + b64encode(b"ada:secret").decode()
+
+
+def test_no_proxy_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://nobody.invalid:1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with OtlpReceiver() as receiver:
+        exporter = HttpExporter(endpoint=f"{receiver.endpoint}/v1/traces")
+        exporter.export([a_span(key="value")])
+        exporter.shutdown()
+
+    assert len(receiver.spans) == 1
 
 
 def test_without_a_client_to_hand_bytes_to_it_is_the_official_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
