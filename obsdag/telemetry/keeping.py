@@ -59,7 +59,7 @@ class Keeper(Observer):
     needs_records = True
 
     __slots__ = (
-        *("_base", "_bound", "_dropped", "_epoch_ns", "_follow", "_hot", "_hunts", "_kept_any", "_most", "_odd"),
+        *("_base", "_bound", "_dropped", "epoch_ns", "_follow", "_hot", "_hunts", "_kept_any", "_most", "_odd"),
         *("_outside", "_over", "_pipeline", "_plain", "_pulls", "_quantile", "_slow_s", "_slow_tasks", "_special"),
         *("_started", "_timed", "dag", "engine", "epoch", "give_places", "lock", "new_span_id", "plan", "room"),
         *("run", "run_parent", "run_span_id", "run_trace_id", "shared", "source", "stats", "take_places", "texts"),
@@ -92,7 +92,7 @@ class Keeper(Observer):
         self.new_span_id = new_span_id
         self.take_places = pipeline.take_places
         self.give_places = pipeline.give_places
-        self._epoch_ns = int(run.epoch * 1e9)
+        self.epoch_ns = int(run.epoch * 1e9)
         self._pipeline = pipeline
         self.lock = pipeline.lock
         self.texts = ErrorTexts(redact)
@@ -122,7 +122,7 @@ class Keeper(Observer):
 
     def unix_ns(self, at: float) -> int:
         """Nanoseconds since 1970 of a time on the run's clock; monotonic, so what lies within stays within."""
-        return self._epoch_ns + int(at * 1e9)
+        return self.epoch_ns + int(at * 1e9)
 
     def unix_ns_now(self) -> int:
         """Nanoseconds since 1970, now."""
