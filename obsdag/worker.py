@@ -96,7 +96,7 @@ class Worker:
                         now = clock()
                     else:
                         now = clock()
-                        if result is not context or execution.cancelling:
+                        if result is not context or execution.seldom is not None:
                             shell.finish(execution, result)
                         elif now > shell.turn_end:
                             run.finish(execution, result, now)

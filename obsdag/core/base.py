@@ -137,8 +137,7 @@ class RunBase:
         self._unreturned: dict[Execution, None] = {}  # abandoned, and tried again when they have returned (T13)
         self._freezes: dict[Context, None] = {}  # what the run knows; `_frozen` is what was asked for last
         self._grants: deque[LimitRequest] = deque()
-        self.reserved = 0
-        self.buffered = 0
+        self.reserved = self.buffered = 0
         self.pools: Any = None
         self.dirty = False
         self.nudge: Callable[[], None] = _nothing

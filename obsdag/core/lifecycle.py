@@ -117,7 +117,7 @@ class Lifecycle(RunBase):
         context._done = done
         context._ready = context._running = context._parked = context._holds = context._lane = 0
         context._entered = context._since = now
-        context._ledger = context._waits = None
+        context._waits = None
         context._state = state = _RUNNING if visited else _QUEUED
         self.contexts[context] = None
         if self.first_entered is None:
@@ -127,8 +127,8 @@ class Lifecycle(RunBase):
         self.state_counts[state] += 1
         if context._scope is not None:
             context._scope.living += 1
-        holder = self._holder_of(context) if context._parent is not None else None
-        if holder is not None:
+        if context._parent is not None and (holder := self._holder_of(context)) is not None:
+            context._ledger = None
             holder._holds += 1
         else:
             context._ledger = 0.0

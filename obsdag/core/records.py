@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 if TYPE_CHECKING:
     from obsdag.context import Context, OutputContext
@@ -27,10 +27,34 @@ __all__ = [
     "current_execution",
 ]
 
+T = TypeVar("T")
+
 current_execution: ContextVar[Execution | None] = ContextVar("obsdag_execution", default=None)
 """The execution whose function runs in this frame. Set by the shell where a second attempt or a thread makes it
 matter.
 """
+
+
+class _Seldom(Generic[T]):
+    """An attribute that hardly any execution has set. Those that are stand in one dict, since each field of an
+    execution is one more store for all of them.
+    """
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+        self._name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, execution: Execution, owner: type | None = None) -> T:
+        seldom = execution.seldom
+        return self._default if seldom is None else seldom.get(self._name, self._default)
+
+    def __set__(self, execution: Execution, value: T) -> None:
+        if execution.seldom is None:
+            execution.seldom = {}
+        execution.seldom[self._name] = value
 
 
 class Execution:
@@ -39,28 +63,25 @@ class Execution:
     context, task, index: whose. attempt: from 1. worker: number of the driving worker (-1: none). lane: of the visit's
     entry. started, ended: seconds on the run's clock. released_by: the execution whose end made this one ready (None:
     the context's entry). waits: seconds per state spent waiting between release and start, or None. grant: limit
-    permits that it holds. outcome: None while it runs, then one of EXECUTION_OUTCOMES. cancelling: the engine has
-    asked for its cancellation. exempt: it destroyed its own context, so its return value still counts (C8). handle:
-    what the shell cancels it by. final: it is not tried again, whatever the policy says (T14). span: the tracing
-    observer's own slot. watched: observers are told of its end however quick it is. abandoned: its function has not
-    really returned (T13); retry_at: when its retry is due then.
+    permits that it holds. outcome: None while it runs, then one of EXECUTION_OUTCOMES. handle: what the shell cancels
+    it by. span: the tracing observer's own slot. watched: observers are told of its end however quick it is.
+
+    Seldom set: cancelling: the engine has asked for its cancellation. exempt: it destroyed its own context, so its
+    return value still counts (C8). final: it is not tried again, whatever the policy says (T14). abandoned: its
+    function has not really returned (T13); retry_at: when its retry is due then.
     """
 
     __slots__ = (
-        "abandoned",
         "attempt",
-        "cancelling",
         "context",
         "ended",
-        "exempt",
-        "final",
         "grant",
         "handle",
         "index",
         "lane",
         "outcome",
         "released_by",
-        "retry_at",
+        "seldom",
         "span",
         "started",
         "task",
@@ -70,26 +91,28 @@ class Execution:
     )
 
     # Made by `begun`, whose stores the hot path writes out: a call of an `__init__` takes as long as all of them.
-    abandoned: bool
     attempt: int
-    cancelling: bool
     context: Context
     ended: float
-    exempt: bool
-    final: bool
     grant: LimitRequest | None
     handle: Any
     index: int
     lane: int
     outcome: str | None
     released_by: Execution | None
-    retry_at: float | None
+    seldom: dict[str, Any] | None
     span: Any
     started: float
     task: Task
     waits: list[float] | None
     watched: bool
     worker: int
+
+    abandoned = _Seldom(False)
+    cancelling = _Seldom(False)
+    exempt = _Seldom(False)
+    final = _Seldom(False)
+    retry_at = _Seldom[float | None](None)
 
     @classmethod
     def begun(cls, context: Context, task: Task, index: int, attempt: int, started: float, worker: int) -> Self:
@@ -103,8 +126,8 @@ class Execution:
         self.worker = worker
         self.lane = context._lane
         self.ended = 0.0
-        self.abandoned = self.cancelling = self.exempt = self.final = self.watched = False
-        self.grant = self.handle = self.outcome = self.released_by = self.retry_at = self.span = self.waits = None
+        self.watched = False
+        self.grant = self.handle = self.outcome = self.released_by = self.seldom = self.span = self.waits = None
         return self
 
     def __repr__(self) -> str:

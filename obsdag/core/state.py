@@ -141,13 +141,13 @@ class RunState(Sources):
         if follow and not (ready or running):
             index, low = follow, frees
             context._maker = execution
-        elif frees == self.sink_bit:
-            self._reach_sink(execution, context, now)
-            return None
         elif ways and not running and (way := ways.get(done)) is not None and way[0] == ready:
             _, index, low, context._ready, released = way
             if released:
                 context._maker = execution
+        elif frees == self.sink_bit:
+            self._reach_sink(execution, context, now)
+            return None
         elif (index := self._find_next(execution, step, now)) >= 0:
             low = self.bits[index]
         else:
@@ -162,13 +162,12 @@ class RunState(Sources):
         following.context, following.task, following.index = context, self.tasks[index], index
         following.attempt, following.started, following.ended = 1, now, 0.0
         following.worker, following.lane = execution.worker, context._lane
-        following.abandoned = following.cancelling = following.exempt = following.final = following.watched = False
-        following.grant = following.handle = following.outcome = following.retry_at = None
-        following.span = following.waits = following.released_by = None
-        if self.recording:
-            following.released_by = context._maker
-            if context._waits is not None or context._more is not None:  # `_free` may have made it
-                self._record(following)
+        following.watched = False
+        following.grant = following.handle = following.outcome = None
+        following.seldom = following.span = following.waits = None
+        following.released_by = context._maker if self.recording else None
+        if context._waits is not None or context._more is not None:  # `_find_next` may have made it
+            self._record(following)
         executions: Any = context._executions
         executions[0 if executions[0] is execution else executions.index(execution)] = following
         return following

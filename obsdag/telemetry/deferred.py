@@ -164,32 +164,34 @@ class DeferredTracer(Keeper):
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
         """The last context of a tree to end brings the decision."""
         root = context._trace
-        if (  # the common case written out: nothing speaks for keeping the trace, and nothing of it goes on
-            type(root) is RootTrace
-            and root.open == 1
-            and root.more is None
-            and (root.trace_id & LOW_BITS) >= self._bound
-            and not (context._executions or self._pulls or self._quantile)
-            and outcome != "cancelled"
-            and (self._slow_s is None or now - root.entered <= self._slow_s)
-            and (IN_TURN or not self._hunts)
-            and root.decision is None
+        if (  # else the common case, written out: nothing speaks for keeping the trace, and nothing of it goes on
+            type(root) is not RootTrace
+            or root.open != 1
+            or root.more is not None
+            or (root.trace_id & LOW_BITS) < self._bound
+            or context._executions
+            or self._pulls
+            or self._quantile
+            or outcome == "cancelled"
+            or (self._slow_s is not None and now - root.entered > self._slow_s)
+            or not (IN_TURN or not self._hunts)
+            or root.decision is not None
         ):
-            root.decision = "dropped"  # `_drop` written out, where it has no lock to take
-            self._dropped[0] += 1
-            if not self._dropped[0] % BLOCK:
-                self._now_and_then()
-            self.room += len(root.records) + 1
-            root.records.clear()
-            if self.room > 2 * BLOCK:
-                self._give_back()
-            root.open = 0
-            root.last = None
-            over, self._over = self._over, context
-            if over is not None:
-                over._trace = None  # results keep their contexts; memory that is used again is still in the cache
-        else:
             self._end(context, outcome, now)
+            return
+        root.decision = "dropped"  # `_drop` written out, where it has no lock to take
+        count = self._dropped[0] = self._dropped[0] + 1
+        if not count & BLOCK - 1:
+            self._now_and_then()
+        room = self.room = self.room + len(root.records) + 1
+        root.records.clear()
+        if room > 2 * BLOCK:
+            self._give_back()
+        root.open = 0
+        root.last = None
+        over, self._over = self._over, context
+        if over is not None:
+            over._trace = None  # results keep their contexts; memory that is used again is still in the cache
 
     def _end(self, context: Context, outcome: str, now: float) -> None:
         trace = context._trace

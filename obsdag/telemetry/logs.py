@@ -310,7 +310,8 @@ class _Sampled(_Watched):
 
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
         if now < self._sample_at[outcome]:  # first, as this is all that most contexts cost
-            self._left_out[outcome] += context._parent is None
+            if context._parent is None:
+                self._left_out[outcome] += 1
         elif context._parent is None:
             self._sample_at[outcome] = now + RATES["context.finished"][1]
             left_out, self._left_out[outcome] = self._left_out[outcome], 0
