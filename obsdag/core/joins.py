@@ -150,7 +150,7 @@ class Joins(Progress):
         cause = next((branch.failed for branch in branches if branch.failed is not None), None)
         error = TaskError(f"join {task.id!r}: {failed} of {total} children failed, the first with {cause!r}")
         error.__cause__ = cause
-        self.fail_context(parent, error, Execution.begun(parent, task, self.plan.index[task.id], 1, now, -1), now)
+        self.fail_context(parent, error, Execution.begun(parent, self.plan.index[task.id], 1, now, -1), now)
 
     def join_children(self, parent: Context, index: int) -> tuple[list[Context], list[Context], list[Context]]:
         """For the shell: the children that the join is called with, those that failed, and those that were dropped.
@@ -276,7 +276,7 @@ class Joins(Progress):
             task = self.plan.tasks[failed.index]
             error = TaskError(f"the branch lent at {task.id!r} came to nothing: {failed.failed!r}")
             error.__cause__ = failed.failed
-            source = Execution.begun(context, task, failed.index, 1, now, -1)
+            source = Execution.begun(context, failed.index, 1, now, -1)
             self.fail_context(context, error, source, now)
         elif ended.get("stalled"):
             self._stall(context, self._diagnose(context), now)

@@ -60,11 +60,12 @@ class _Seldom(Generic[T]):
 class Execution:
     """One attempt of one task on one context.
 
-    context, task, index: whose. attempt: from 1. worker: number of the driving worker (-1: none). lane: of the visit's
-    entry. started, ended: seconds on the run's clock. released_by: the execution whose end made this one ready (None:
-    the context's entry). waits: seconds per state spent waiting between release and start, or None. grant: limit
-    permits that it holds. outcome: None while it runs, then one of EXECUTION_OUTCOMES. handle: what the shell cancels
-    it by. span: the tracing observer's own slot. watched: observers are told of its end however quick it is.
+    context, index: whose, and the position of its `task` in the plan. attempt: from 1. worker: number of the driving
+    worker (-1: none). lane: of the visit's entry. started, ended: seconds on the run's clock. released_by: the
+    execution whose end made this one ready (None: the context's entry). waits: seconds per state spent waiting
+    between release and start, or None. grant: limit permits that it holds. outcome: None while it runs, then one of
+    EXECUTION_OUTCOMES. handle: what the shell cancels it by. span: the tracing observer's own slot. watched:
+    observers are told of its end however quick it is.
 
     Seldom set: cancelling: the engine has asked for its cancellation. exempt: it destroyed its own context, so its
     return value still counts (C8). final: it is not tried again, whatever the policy says (T14). abandoned: its
@@ -84,7 +85,6 @@ class Execution:
         "seldom",
         "span",
         "started",
-        "task",
         "waits",
         "watched",
         "worker",
@@ -103,7 +103,6 @@ class Execution:
     seldom: dict[str, Any] | None
     span: Any
     started: float
-    task: Task
     waits: list[float] | None
     watched: bool
     worker: int
@@ -115,11 +114,10 @@ class Execution:
     retry_at = _Seldom[float | None](None)
 
     @classmethod
-    def begun(cls, context: Context, task: Task, index: int, attempt: int, started: float, worker: int) -> Self:
+    def begun(cls, context: Context, index: int, attempt: int, started: float, worker: int) -> Self:
         """One that begins now: `started`, seconds on the run's clock."""
         self = cls()
         self.context = context
-        self.task = task
         self.index = index
         self.attempt = attempt
         self.started = started
@@ -129,6 +127,13 @@ class Execution:
         self.watched = False
         self.grant = self.handle = self.outcome = self.released_by = self.seldom = self.span = self.waits = None
         return self
+
+    @property
+    def task(self) -> Task:
+        """The task, which the run knows by `index`."""
+        run = self.context._run
+        assert run is not None
+        return run.tasks[self.index]
 
     def __repr__(self) -> str:
         state = self.outcome or "running"

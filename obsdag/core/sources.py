@@ -143,7 +143,7 @@ class Sources(Joins):
         more = more_of(context)
         more.source &= ~self.plan.bit[index]
         self._recompute_parked(context)
-        execution = self.execution_class.begun(context, pull.task, index, 1, now, worker)
+        execution = self.execution_class.begun(context, index, 1, now, worker)
         execution.lane = 2
         execution.released_by = pull.execution
         execution.grant, pull.grant = pull.grant, None

@@ -69,7 +69,7 @@ class RunState(Sources):
             if more is not None and (wait := more.wait_of(index)) is not None:
                 attempt += wait.failed
             begun = self.begun
-            execution = begun(context, plan.tasks[index], index, attempt, now, worker)
+            execution = begun(context, index, attempt, now, worker)
             execution.grant = grant
             if self.recording:
                 execution.released_by = context._maker
@@ -152,14 +152,14 @@ class RunState(Sources):
             low = self.bits[index]
         else:
             return None
-        context._running = running | low if running else low
         self.task_started[index] += 1
         if self.unseen:  # nobody looks at executions: the next one may be the same object again, and is not kept alive
-            execution.index, execution.task, execution.started, context._maker = index, self.tasks[index], now, None
+            context._running = running | low if running else low
+            execution.index, execution.started, context._maker = index, now, None
             return execution
         made = self.execution_class
         following = made()  # `Execution.begun` written out
-        following.context, following.task, following.index = context, self.tasks[index], index
+        following.context, following.index = context, index
         following.attempt, following.started, following.ended = 1, now, 0.0
         following.worker, following.lane = execution.worker, context._lane
         following.watched = False
@@ -169,7 +169,12 @@ class RunState(Sources):
         if context._waits is not None or context._more is not None:  # `_find_next` may have made it
             self._record(following)
         executions: Any = context._executions
-        executions[0 if executions[0] is execution else executions.index(execution)] = following
+        if running:
+            context._running = running | low
+            executions[executions.index(execution)] = following
+        else:
+            context._running = low
+            executions[0] = following
         return following
 
     def _finish_own(self, execution: Execution, context: Context, now: float) -> None:

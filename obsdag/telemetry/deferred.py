@@ -339,7 +339,7 @@ class DeferredTracer(Keeper):
     def _time_nobodys(self) -> float:
         nobodys: Any = SimpleNamespace(_trace=RootTrace.begun(self, 0, 0.0, 1), _lane=0)
         started = perf_counter()
-        self.execution_started(TracedExecution.begun(nobodys, self.plan.tasks[0], 0, 1, 0.0, -1), 0.0)
+        self.execution_started(TracedExecution.begun(nobodys, 0, 1, 0.0, -1), 0.0)
         return perf_counter() - started
 
     def visit_finished(self, context: Context, worker: int, busy_s: float, now: float) -> None:

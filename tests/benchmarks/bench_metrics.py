@@ -68,7 +68,7 @@ def a_finished_root(run: RunState, length: int = 10) -> tuple[Context, Execution
     root, execution = Context(), None
     run.accept(root, 0.0)
     for number in range(length):
-        following = Execution.begun(root, run.plan.tasks[1], 1 + number % 5, 1, float(number), 0)
+        following = Execution.begun(root, 1 + number % 5, 1, float(number), 0)
         following.ended, following.outcome = number + 0.02, "success"
         following.released_by, execution = execution, following
     root._ledger = 0.1

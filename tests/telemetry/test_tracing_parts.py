@@ -70,7 +70,7 @@ def test_the_context_of_an_execution_looks_like_any_other() -> None:
 
 def test_an_execution_is_a_context_too_whose_span_is_made_when_somebody_looks() -> None:
     run = CoreRun()
-    execution = TracedExecution.begun(run.enter(), run.state.plan.tasks[1], 1, 1, 0.0, 0)
+    execution = TracedExecution.begun(run.enter(), 1, 1, 0.0, 0)
     execution.trace = RootTrace.begun(None, 1, 0.0, 10)
     context: Any = execution
     assert execution.span is None
@@ -104,9 +104,7 @@ def test_an_execution_is_a_context_too_whose_span_is_made_when_somebody_looks() 
 
 def test_what_has_failed_is_taken_only_with_its_error() -> None:
     run = CoreRun()
-    executions = [
-        TracedExecution.begun(run.enter(), run.state.plan.tasks[1], 1, attempt, 0.0, 0) for attempt in (1, 2, 3)
-    ]
+    executions = [TracedExecution.begun(run.enter(), 1, attempt, 0.0, 0) for attempt in (1, 2, 3)]
     for execution, outcome in zip(executions, ("success", "error", None), strict=True):
         execution.trace = RootTrace.begun(None, 1, 0.0, 10)
         execution.outcome = outcome
