@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
 
 if TYPE_CHECKING:
     from obsdag.context import Context, OutputContext
@@ -47,7 +47,15 @@ class _Seldom(Generic[T]):
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, execution: Execution, owner: type | None = None) -> T:
+    @overload
+    def __get__(self, execution: Execution, owner: type) -> T: ...
+
+    @overload
+    def __get__(self, execution: None, owner: type) -> Self: ...
+
+    def __get__(self, execution: Execution | None, owner: type) -> T | Self:
+        if execution is None:
+            return self
         seldom = execution.seldom
         return self._default if seldom is None else seldom.get(self._name, self._default)
 
