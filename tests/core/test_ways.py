@@ -119,8 +119,14 @@ def test_a_way_is_taken_only_from_where_it_was_found() -> None:
     order = calls[0].copy()
     ways = [step[4] for step in dag.build().steps if step is not None and step[4]]
     for known in ways:
-        for done, (ready, index, low, _, released) in known.items():
-            known[done] = ready ^ 1 << 20, index, low, 0, released  # as if other tasks had been ready
+        for done, (ready, *_) in known.items():
+            known[done] = (
+                ready ^ 1 << 20,
+                4,
+                1 << 4,
+                0,
+                True,
+            )  # as if other tasks had been ready, and the last came then
 
     ran(dag, 3)
 
