@@ -164,10 +164,11 @@ class RunState(Sources):
         following.worker, following.lane = execution.worker, context._lane
         following.watched = False
         following.grant = following.handle = following.outcome = None
-        following.seldom = following.span = following.waits = None
-        following.released_by = context._maker if self.recording else None
-        if context._waits is not None or context._more is not None:  # `_find_next` may have made it
-            self._record(following)
+        following.seldom = following.span = following.waits = following.released_by = None
+        if self.recording:
+            following.released_by = context._maker
+            if context._waits is not None or context._more is not None:  # `_find_next` may have made it
+                self._record(following)
         executions: Any = context._executions
         if running:
             context._running = running | low

@@ -134,5 +134,25 @@ def test_a_way_is_taken_only_from_where_it_was_found() -> None:
     assert all(tasks == order for n, tasks in calls.items() if n)
 
 
+def test_without_records_nobody_knows_who_released_what_also_where_a_context_has_rare_parts() -> None:
+    dag, notes = DAG(), Notes(records=False)
+
+    async def passes_on(ctx: Context) -> Context:
+        return ctx
+
+    async def chooses(ctx: Context) -> str:
+        return "first"
+
+    dag.task(chooses, kind="router", name="choose")
+    dag.task(passes_on, name="first", after="choose")
+    dag.task(passes_on, name="second", after="first")
+    dag.task(passes_on, name="third", after="second")
+    dag.task(passes_on, name="other", after="choose")
+
+    ran(dag, 2, [notes])
+
+    assert list(notes.seen.values()) == [[(task, "") for task in ("choose", "first", "second", "third")]] * 2
+
+
 def test_what_is_seldom_set_of_an_execution_can_be_asked_of_its_class() -> None:
     assert type(Execution.cancelling).__name__ == "_Seldom"
