@@ -50,8 +50,6 @@ class Observer:
     no), so that an only listener can be called directly: a guard around the call costs as much as the call.
     """
 
-    __slots__ = ()
-
     needs_records: bool = False
     needs_slack: bool = False
     min_stay_s: float = 0.0
@@ -235,11 +233,7 @@ class Facts:
         own = [kind for each in self._observers if (kind := getattr(each, "execution_class", None)) is not None]
         self.execution_class: type[Execution] = own[0] if own else Execution
         for fact in FACTS:
-            listeners = [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
-            if listeners or fact == "execution_finished":
-                self._set(fact, listeners)
-            else:
-                setattr(self, fact, None)
+            self._set(fact, self._listeners(fact))
 
     def _set(self, fact: str, listeners: list[Callable[..., None]]) -> None:
         """Sets who is told of a fact; of an execution's end also whom a quick success is told (`to_every`), and how
@@ -283,6 +277,9 @@ class Facts:
             self._detach(fact, [own], own, error)
         return direct
 
+    def _listeners(self, fact: str) -> list[Callable[..., None]]:
+        return [getattr(observer, fact) for observer in self._observers if _overrides(observer, fact)]
+
     def _detach(self, fact: str, listeners: list[Callable[..., None]], call: Any, error: Exception) -> None:
         if call not in listeners:
             return
@@ -304,14 +301,7 @@ class Facts:
 
 
 def _overrides(observer: Observer, fact: str) -> bool:
-    kind: Any = type(observer)
-    return fact in _overridden(kind)
-
-
-@cache
-def _overridden(kind: type) -> frozenset[str]:
-    """The facts for which a class of observers has a method of its own; each run asks this of each of its observers."""
-    return frozenset(fact for fact in FACTS if getattr(kind, fact, None) not in (None, getattr(Observer, fact)))
+    return getattr(type(observer), fact, None) not in (None, getattr(Observer, fact))
 
 
 @cache

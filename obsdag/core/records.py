@@ -27,7 +27,7 @@ __all__ = [
     "current_execution",
 ]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 current_execution: ContextVar[Execution | None] = ContextVar("obsdag_execution", default=None)
 """The execution whose function runs in this frame. Set by the shell where a second attempt or a thread makes it
@@ -35,12 +35,12 @@ matter.
 """
 
 
-class _Seldom(Generic[T]):
+class _Seldom(Generic[_T]):
     """An attribute that hardly any execution has set. Those that are stand in one dict, since each field of an
     execution is one more store for all of them.
     """
 
-    def __init__(self, default: T) -> None:
+    def __init__(self, default: _T) -> None:
         self._default = default
         self._name = ""
 
@@ -48,18 +48,18 @@ class _Seldom(Generic[T]):
         self._name = name
 
     @overload
-    def __get__(self, execution: Execution, owner: type) -> T: ...
+    def __get__(self, execution: Execution, owner: type) -> _T: ...
 
     @overload
     def __get__(self, execution: None, owner: type) -> Self: ...
 
-    def __get__(self, execution: Execution | None, owner: type) -> T | Self:
+    def __get__(self, execution: Execution | None, owner: type) -> _T | Self:
         if execution is None:
             return self
         seldom = execution.seldom
         return self._default if seldom is None else seldom.get(self._name, self._default)
 
-    def __set__(self, execution: Execution, value: T) -> None:
+    def __set__(self, execution: Execution, value: _T) -> None:
         if execution.seldom is None:
             execution.seldom = {}
         execution.seldom[self._name] = value

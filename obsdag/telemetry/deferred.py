@@ -59,7 +59,7 @@ class DeferredTracer(Keeper):
     quick_s = math.inf
     min_stay_s = WAIT_SPAN_S
     guarded = frozenset({"context_entered", "execution_started", "visit_finished"})
-    __slots__ = ()
+    _timed = 0
 
     # --- runs
 
@@ -73,8 +73,7 @@ class DeferredTracer(Keeper):
             self.run_parent = caller
             self.run_trace_id = caller.trace_id
         self._started = now
-        self._odd = bool(self._base or self._special)
-        self._plain = not (self._odd or self._hot)
+        self._plain = not (self._hot or self._special or self._base)
         self._dropped = self.stats.count_dropped(dag=self.dag)
         self._pipeline.opened(self)
 
@@ -111,7 +110,7 @@ class DeferredTracer(Keeper):
             root.trace_id = random_bits(128) or 1
             root.records = []
             root.open = 1
-            root.hot, root.odd, root.plain = self._hot, self._odd, self._plain
+            root.hot, root.plain = self._hot, self._plain
             root.decision = root.more = root.last = None
             root._span_id = 0
             self.room -= 1
@@ -133,7 +132,7 @@ class DeferredTracer(Keeper):
                 root.open += 1
                 return
         root = RootTrace.begun(self, context._id, now, self._most)
-        root.hot, root.odd, root.plain = self._hot, self._odd, self._plain
+        root.hot, root.plain = self._hot, self._plain
         given = context._trace
         context._trace = root
         self.room -= 1
@@ -150,48 +149,45 @@ class DeferredTracer(Keeper):
             more.links.append(("maker", made_by.trace_id, made_by.id))
             above = made_by.trace.root.more
             more.base = above.base if above is not None else None
-            root.odd |= more.base is not None
+            root.plain &= more.base is None
         if type(given) is Caller:
             more.caller, more.base = given, given.base
-            root.odd = True
+            root.plain = False
             if given.parent is not None:
                 root.trace_id = given.parent.trace_id
             sampled = given.span_context is not None and given.span_context.trace_flags.sampled
             if self._follow and sampled:
                 self._keep(root, "parent")
-        root.plain = not (root.odd or root.hot)
 
     def context_finished(self, context: Context, outcome: str, now: float) -> None:
         """The last context of a tree to end brings the decision."""
         root = context._trace
-        if (  # else the common case, written out: nothing speaks for keeping the trace, and nothing of it goes on
-            type(root) is not RootTrace
-            or root.open != 1
-            or root.more is not None
-            or (root.trace_id & LOW_BITS) < self._bound
-            or context._executions
-            or self._pulls
-            or self._quantile
-            or outcome == "cancelled"
-            or (self._slow_s is not None and now - root.entered > self._slow_s)
-            or not (IN_TURN or not self._hunts)
-            or root.decision is not None
+        if (  # the common case written out: nothing speaks for keeping the trace, and nothing of it goes on
+            type(root) is RootTrace
+            and root.open == 1
+            and root.more is None
+            and (root.trace_id & LOW_BITS) >= self._bound
+            and not (context._executions or self._pulls or self._quantile)
+            and outcome != "cancelled"
+            and (self._slow_s is None or now - root.entered <= self._slow_s)
+            and (IN_TURN or not self._hunts)
+            and root.decision is None
         ):
+            root.decision = "dropped"  # `_drop` written out, where it has no lock to take
+            self._dropped[0] += 1
+            if not self._dropped[0] % BLOCK:
+                self._now_and_then()
+            self.room += len(root.records) + 1
+            root.records.clear()
+            if self.room > 2 * BLOCK:
+                self._give_back()
+            root.open = 0
+            root.last = None
+            over, self._over = self._over, context
+            if over is not None:
+                over._trace = None  # results keep their contexts; memory that is used again is still in the cache
+        else:
             self._end(context, outcome, now)
-            return
-        root.decision = "dropped"  # `_drop` written out, where it has no lock to take
-        count = self._dropped[0] = self._dropped[0] + 1
-        if not count & BLOCK - 1:
-            self._now_and_then()
-        room = self.room = self.room + len(root.records) + 1
-        root.records.clear()
-        if room > 2 * BLOCK:
-            self._give_back()
-        root.open = 0
-        root.last = None
-        over, self._over = self._over, context
-        if over is not None:
-            over._trace = None  # results keep their contexts; memory that is used again is still in the cache
 
     def _end(self, context: Context, outcome: str, now: float) -> None:
         trace = context._trace
@@ -412,7 +408,7 @@ class DeferredTracer(Keeper):
             self._continue(root, now)
         more = root.more
         if not (bit & self._special or self._base) and (more is None or not (more.base or more.pull)):
-            # Not odd itself: there is a join or loop elsewhere in the DAG.
+            # Nothing special itself: a join or loop elsewhere in the DAG, a kept trace, a child, a full buffer.
             execution.trace, execution.listed, execution.watched = trace, False, True
             make_current(execution)  # type: ignore[arg-type]  # looks like one, see `execution_started`
             return
@@ -449,8 +445,7 @@ class DeferredTracer(Keeper):
         self._end_pull(id(trace), now)
         trace.root.left += 1
         root = RootTrace.begun(self, trace.raw_id, now, self._most - 1)
-        root.hot = root.odd = True
-        root.plain = False
+        root.hot, root.plain = True, False
         self.room -= 1
         more = root.rare()
         more.pull, more.iteration = "open", number

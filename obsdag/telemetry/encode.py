@@ -264,11 +264,7 @@ def _repeated(items: Iterable[bytes]) -> bytes:
 
 def _field(tag: int, body: bytes) -> bytes:
     size = len(body)
-    if size < 1 << 7:
-        return bytes((tag, size)) + body
-    if size < 1 << 14:  # as of most spans
-        return bytes((tag, size & 127 | 128, size >> 7)) + body
-    return bytes((tag,)) + _varint(size) + body
+    return bytes((tag, size)) + body if size < 128 else bytes((tag,)) + _varint(size) + body
 
 
 def _text(tag: int, text: str | None, always: bool = False) -> bytes:

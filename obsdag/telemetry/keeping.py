@@ -58,13 +58,6 @@ class Keeper(Observer):
 
     needs_records = True
 
-    __slots__ = (
-        *("_base", "_bound", "_dropped", "epoch_ns", "_follow", "_hot", "_hunts", "_kept_any", "_most", "_odd"),
-        *("_outside", "_over", "_pipeline", "_plain", "_pulls", "_quantile", "_slow_s", "_slow_tasks", "_special"),
-        *("_started", "_timed", "dag", "engine", "epoch", "give_places", "lock", "new_span_id", "plan", "room"),
-        *("run", "run_parent", "run_span_id", "run_trace_id", "shared", "source", "stats", "take_places", "texts"),
-    )
-
     def __init__(
         self,
         run: RunState,
@@ -92,7 +85,7 @@ class Keeper(Observer):
         self.new_span_id = new_span_id
         self.take_places = pipeline.take_places
         self.give_places = pipeline.give_places
-        self.epoch_ns = int(run.epoch * 1e9)
+        self._epoch_ns = int(run.epoch * 1e9)
         self._pipeline = pipeline
         self.lock = pipeline.lock
         self.texts = ErrorTexts(redact)
@@ -104,14 +97,12 @@ class Keeper(Observer):
         self._quantile = pipeline.quantile_of(self.dag) if slow_after == "p99" else None
         self._slow_tasks = _slow_tasks(run.plan.tasks)
         self._hot = self._slow_tasks is not None or bool(run.plan.loops | run.plan.maps | run.plan.joins)
-        self._odd = False
         self._plain = not self._hot
         self._special = run.plan.loops | run.plan.joins  # tasks of which more is to be noted when they start
         self._base: OtelContext = OtelContext()
         self._outside: OtelContext = self._base
         self.run_parent: SpanContext | None = None
         self._started = 0.0
-        self._timed = 0
         self._hunts = self._slow_s is not None or self._quantile is not None
         self._dropped = [0]
         self._over: Context | None = None  # the latest whose trace was dropped: other observers may still ask for ids
@@ -122,7 +113,7 @@ class Keeper(Observer):
 
     def unix_ns(self, at: float) -> int:
         """Nanoseconds since 1970 of a time on the run's clock; monotonic, so what lies within stays within."""
-        return self.epoch_ns + int(at * 1e9)
+        return self._epoch_ns + int(at * 1e9)
 
     def unix_ns_now(self) -> int:
         """Nanoseconds since 1970, now."""

@@ -86,14 +86,14 @@ class LiveTracer(Observer):
         self.dag = run.plan.name
         self._run = run
         self.texts = ErrorTexts(redact)
-        self.epoch_ns = int(run.epoch * 1e9)
+        self._epoch_ns = int(run.epoch * 1e9)
         self._tracer = trace.get_tracer("obsdag", tracer_provider=provider)
         self._base = OtelContext()
         self._span: Span = trace.INVALID_SPAN
 
     def unix_ns(self, at: float) -> int:
         """Nanoseconds since 1970 of a time on the run's clock."""
-        return self.epoch_ns + int(at * 1e9)
+        return self._epoch_ns + int(at * 1e9)
 
     # --- runs
 

@@ -106,7 +106,6 @@ def build_spans(
     tracer: DeferredTracer, root: RootTrace, records: list[tuple[Any, ...]], finished: bool
 ) -> Iterator[KeptSpan]:
     """The spans of what was taken from `root`, in order of their ends; its `context` spans last, if `finished`."""
-    ids: dict[str | int, str] = {}
     for record in records:
         if record[0] is None:
             yield _wait_span(tracer, root, record)
@@ -114,7 +113,7 @@ def build_spans(
         details = record[0].details
         if details is not None and details.dispatch is not None:
             yield _dispatch_span(tracer, record, details.dispatch)
-        yield _execution_span(tracer, root, record, ids)
+        yield _execution_span(tracer, root, record)
     if finished:
         yield from _context_spans(tracer, root)
 
@@ -122,19 +121,16 @@ def build_spans(
 # --- executions
 
 
-def _execution_span(
-    tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...], ids: dict[str | int, str]
-) -> KeptSpan:
-    """ids: of the contexts of its root's tree, by their raw form, as far as they are known."""
+def _execution_span(tracer: DeferredTracer, root: RootTrace, record: tuple[Any, ...]) -> KeptSpan:
     span, index, attempt, started, ended, worker, lane, waits, outcome, error = record
-    more, trace, trace_id = root.rare(), span.trace, span.trace_id
-    raw_id = trace.raw_id
+    more, raw_id, trace_id = root.rare(), span.trace.raw_id, span.trace_id
     shared = tracer.shared.get((index, attempt, outcome, lane, worker))
     if shared is None:
         shared = _shared_of_executions(tracer, index, attempt, outcome, lane, worker)
-    own: dict[str, Any] = {"obsdag.context.id": ids.get(raw_id) or ids.setdefault(raw_id, context_id(raw_id))}
-    if waits is not None:
-        own |= {f"obsdag.wait_s.{STATES[state]}": waited_s for state, waited_s in enumerate(waits) if waited_s > 0.0}
+    own: dict[str, Any] = {"obsdag.context.id": context_id(raw_id)}
+    for state, waited_s in enumerate(waits or ()):
+        if waited_s > 0.0:
+            own[f"obsdag.wait_s.{STATES[state]}"] = waited_s
     if (raw_id, index, started) in more.critical:
         own["obsdag.critical"] = True
     if more.iteration:
@@ -146,17 +142,17 @@ def _execution_span(
         events, status = _error_of(tracer, outcome, error, tracer.unix_ns(ended), own)
     if span.details is not None:
         status = _user_part(span.details, shared, own, events, leads, status)
-    part = root.first if more.parts is None else root.part_of(trace_id)
-    began, epoch_ns = part.started, tracer.epoch_ns
+    part = root.part_of(trace_id)
+    began = part.started
     return KeptSpan(
         tracer.source,
         shared,
         trace_id,
         span.id,
-        None if more.caller is None else more.caller.trace_state_of(trace_id),
-        _parent_of(root, span, part, leads) if more.pull or trace.maker is not None else part.context,
-        epoch_ns + int((started if started > began else began) * 1e9),  # as `unix_ns`
-        epoch_ns + int((ended if ended > began else began) * 1e9),
+        _state(root, trace_id),
+        _parent_of(root, span, part, leads),
+        tracer.unix_ns(started if started > began else began),
+        tracer.unix_ns(ended if ended > began else began),
         own,
         leads,
         events,
@@ -221,27 +217,24 @@ def _links_of(
 ) -> list[Link | Lead]:
     """To the attempt before, and to the executions joined: several upstreams, or the children of a join."""
     span, index, latest = record[0], record[1], more.latest
-    trace_key = id(span.trace)
-    key = trace_key, index
+    key, details, above = id(span.trace), span.details, tracer.plan.up_list[index]
     links: list[Link | Lead] = []
-    before = latest.get(key)
+    before = latest.get((key, index))
     if before is not None and before[1] != "success":
         links.append(("retry", before[0].trace_id, before[0].id))
-    above = tracer.plan.up_list[index]
-    if len(above) > 1 or span.details is not None:
-        upstream = [latest[trace_key, up][0] for up in above if (trace_key, up) in latest] if len(above) > 1 else []
-        count = len(upstream)
-        if span.details is not None:
-            count += span.details.upstream_count
-            upstream += span.details.upstream
-        if count:
-            attributes["obsdag.join.upstream_count"] = count
-            links += [("upstream", each.trace_id, each.id) for each in upstream[: MAX_LINKS - len(links)]]
+    upstream = [latest[key, up][0] for up in above if (key, up) in latest] if len(above) > 1 else []
+    count = len(upstream)
+    if details is not None and details.upstream_count:
+        count += details.upstream_count
+        upstream += details.upstream
+    if count:
+        attributes["obsdag.join.upstream_count"] = count
+        links += [("upstream", each.trace_id, each.id) for each in upstream[: MAX_LINKS - len(links)]]
     if len(latest) >= MAX_LATEST:
         for old in list(latest)[: MAX_LATEST // 2]:
             del latest[old]
-    latest[key] = (span, record[8])
-    if more.pull and more.pull != "adopted":
+    latest[key, index] = (span, record[8])
+    if more.pull in ("open", "ended"):
         links += more.links
     return links
 

@@ -206,13 +206,12 @@ class RootTrace(ContextTrace):
 
     tracer: the run's observer. raw_id: `Context._id` of its context. trace_id, span_id: of the trace it writes to now
     and of its `context` span. left: executions until `max_spans_per_trace`. open: living contexts, and executions that
-    outlive theirs. records: see the module. odd, hot: an execution's start, its end, needs more than a span and a
-    record; plain: neither. decision: one of TRACE_DECISIONS once taken.
+    outlive theirs. records: see the module. hot: an execution's end needs more than a span and a record; plain:
+    nor does its start. decision: one of TRACE_DECISIONS once taken.
     """
 
     __slots__ = (
-        *("_span_id", "decision", "entered", "hot", "left", "more", "odd", "open", "plain", "records", "trace_id"),
-        "tracer",
+        *("_span_id", "decision", "entered", "hot", "left", "more", "open", "plain", "records", "trace_id", "tracer"),
     )
 
     top = True
@@ -225,7 +224,6 @@ class RootTrace(ContextTrace):
     records: list[Any]
     open: int
     hot: bool
-    odd: bool
     plain: bool
     decision: str | None
     more: RootMore | None
@@ -242,8 +240,7 @@ class RootTrace(ContextTrace):
         self.trace_id = random_bits(128) or 1
         self.records = []
         self.open = 1
-        self.hot = self.odd = False
-        self.plain = True
+        self.hot, self.plain = False, True
         self.decision = self.more = self.last = None
         self._span_id = 0
         return self

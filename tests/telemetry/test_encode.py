@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
@@ -121,6 +123,30 @@ def test_the_environments_proxy_and_credentials_hold(monkeypatch: pytest.MonkeyP
 
     assert [span.attributes for span in receiver.spans] == [{"key": "value"}]
     assert receiver.authorization == "Basic " + b64encode(b"ada:secret").decode()
+
+
+@pytest.mark.parametrize("own", ["", "own.pem"])
+@pytest.mark.parametrize("everybodys", ["", "everybodys.pem"])
+def test_the_certificates_are_those_that_every_request_would_find(
+    own: str, everybodys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "https://collector.invalid:4318/v1/traces"
+    monkeypatch.delenv("CURL_CA_BUNDLE", raising=False)
+    for name, file in (("OTEL_EXPORTER_OTLP_CERTIFICATE", own), ("REQUESTS_CA_BUNDLE", everybodys)):
+        monkeypatch.setenv(name, file)
+    official, ours = OTLPSpanExporter(endpoint=url), HttpExporter(endpoint=url)
+    expected = session_of(official).merge_environment_settings(url, {}, None, None, None)
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+
+    assert session_of(ours).merge_environment_settings(url, {}, None, None, None) == expected
+    assert expected["verify"] == (everybodys or own or True)
+    for exporter in (official, ours):
+        exporter.shutdown()
+
+
+def session_of(exporter: Any) -> requests.Session:
+    session: requests.Session = exporter._client._transport._session
+    return session
 
 
 def test_no_proxy_holds(monkeypatch: pytest.MonkeyPatch) -> None:
