@@ -82,7 +82,7 @@ class OutputStream(AsyncIterator[OutputContext]):
             await asyncio.wait([self._waiter, shell.done], return_when=asyncio.FIRST_COMPLETED)
         output = self._ready.popleft()
         run = shell.run
-        full = not run.has_room
+        full = not run.has_room()
         run.buffered -= 1
         if full:
             shell.kick()

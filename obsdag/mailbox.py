@@ -21,6 +21,8 @@ __all__ = ["Mailbox", "clean_copy", "clock_of", "see_through"]
 class Mailbox:
     """The part of a run's shell that may be called from any thread; it carries the call to the run's own."""
 
+    __slots__ = ("_nudged", "_over", "clock", "inputs", "loop", "open_ended", "run", "thread", "workers")
+
     run: RunState
     loop: asyncio.AbstractEventLoop
     thread: int
@@ -28,8 +30,8 @@ class Mailbox:
     workers: list[Worker]
     inputs: Iterator[Any] | None
     open_ended: bool
-    _nudged = False
-    _over = False
+    _nudged: bool
+    _over: bool
 
     @property
     def to_take(self) -> bool:

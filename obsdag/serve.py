@@ -124,7 +124,7 @@ class ServeExecutor(Serving["RunShell"], Executor):
         if due is not None:
             ticket._timer = run.timers.set(due, self._deadline_passed, ticket)
             run.dirty = True
-        if self._pending or not run.has_room:
+        if self._pending or not run.has_room():
             self._pending[ticket] = None
             shell.inputs = self._entering
         else:
@@ -146,7 +146,7 @@ class ServeExecutor(Serving["RunShell"], Executor):
         shell = self._period
         if shell is None:
             return
-        while self._pending and shell.run.has_room:
+        while self._pending and shell.run.has_room():
             shell.run.accept(next(self._entering), shell.clock())
         if shell.run.dirty:
             shell.rearm()  # a deadline began with entering

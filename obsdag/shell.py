@@ -51,6 +51,12 @@ _WOKEN_PER_ROUND = 8  # workers: were it all, 64 that never wait would cost a fi
 class RunShell(Mailbox):
     """One run on one event loop. `done` is resolved when nothing lives and no input is left."""
 
+    __slots__ = (
+        *("_timer", "_timer_at", "_turns", "abandoned", "base", "config", "direct", "done", "early", "env", "fatal"),
+        *("feeding", "free", "plan", "pools", "random", "recorder", "refill", "restore", "runners", "takers"),
+        *("tasks", "turn_end", "wanted", "width"),
+    )
+
     def __init__(
         self,
         dag: DAG,
@@ -197,12 +203,12 @@ class RunShell(Mailbox):
         if run.queue.size:
             self._wake_takers()
         if self.free:
-            room = run.has_room
+            room = run.has_room()
             # Without room, what is in the lane goes to those that wait for some, and gives up its permits.
             pulls = run.queue.loop or (run.rooms and (room or not run.moving()))
             if run.queue.size or pulls or (self.inputs is not None and room):
                 self.wake_worker()
-        if self.feeding is not None and run.has_room:
+        if self.feeding is not None and run.has_room():
             self.wanted.set()
         if not run.busy_workers:
             self.rest()
@@ -236,7 +242,7 @@ class RunShell(Mailbox):
 
     def _pull_input(self, worker: int, now: float) -> Context | None:
         """The next input, which its worker drives at once; None if there is none, or no room (E16)."""
-        while self.inputs is not None and self.run.has_room and not self.early:
+        while self.inputs is not None and self.run.has_room() and not self.early:
             try:
                 item = next(self.inputs)
                 context = Context(None, item) if type(item) is dict else as_context(item)
@@ -267,7 +273,7 @@ class RunShell(Mailbox):
         """Asks an async input for an item whenever the lanes are empty and there is room."""
         try:
             while True:
-                while self.run.queue.size or not self.run.has_room:
+                while self.run.queue.size or not self.run.has_room():
                     self.wanted.clear()
                     await self.wanted.wait()
                 try:
@@ -418,8 +424,6 @@ class RunShell(Mailbox):
         self._timer, self._timer_at = None, None
         self.run.wake(self.clock())
         self.pump()
-
-    # --- the end of what was abandoned
 
     def thread_returned(self, execution: Execution) -> None:
         """An abandoned thread or process has come back from an execution (T13)."""

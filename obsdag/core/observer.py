@@ -50,6 +50,8 @@ class Observer:
     no), so that an only listener can be called directly: a guard around the call costs as much as the call.
     """
 
+    __slots__ = ()
+
     needs_records: bool = False
     needs_slack: bool = False
     min_stay_s: float = 0.0

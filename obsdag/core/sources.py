@@ -30,7 +30,6 @@ class Sources(Joins):
 
     # --- room (E16)
 
-    @property
     def has_room(self) -> bool:
         """Whether `max_live_contexts` admits another input or item.
 
@@ -64,7 +63,7 @@ class Sources(Joins):
     def next_pull(self, now: float) -> LoopContext | None:
         """The marker of the pull whose turn it is, if there is room for its item; else None."""
         lane = self.queue.loop
-        while self.rooms and self.has_room:
+        while self.rooms and self.has_room():
             marker = self.rooms.pop(0)
             if self._pullable(marker):
                 self._leave_room(marker)
@@ -74,7 +73,7 @@ class Sources(Joins):
             marker = lane.popleft()
             if not self._pullable(marker):
                 continue
-            if not self.has_room:
+            if not self.has_room():
                 self._wait_for_room(marker, now)
             elif self._permitted(marker, now):
                 return marker
@@ -144,7 +143,7 @@ class Sources(Joins):
         more = more_of(context)
         more.source &= ~self.plan.bit[index]
         self._recompute_parked(context)
-        execution = self.execution_class.begun(context, index, 1, now, worker)
+        execution = self.begun(context, index, 1, now, worker)
         execution.lane = 2
         execution.released_by = pull.execution
         execution.grant, pull.grant = pull.grant, None

@@ -68,7 +68,8 @@ class RunState(Sources):
             more = context._more
             if more is not None and (wait := more.wait_of(index)) is not None:
                 attempt += wait.failed
-            execution = self.execution_class.begun(context, index, attempt, now, worker)
+            begun = self.begun
+            execution = begun(context, index, attempt, now, worker)
             execution.grant = grant
             if self.recording:
                 execution.released_by = context._maker

@@ -259,7 +259,7 @@ class ShardEngine(Executor):
     def _asks(self) -> int:
         """Idle workers, if nothing waits for them and there is room."""
         shell = self._running()
-        return 0 if self._inbox or not shell.run.has_room else len(shell.free)
+        return 0 if self._inbox or not shell.run.has_room() else len(shell.free)
 
     def _wanting(self) -> None:
         if self._asks() > self._told_asks:

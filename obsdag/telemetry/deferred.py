@@ -59,7 +59,7 @@ class DeferredTracer(Keeper):
     quick_s = math.inf
     min_stay_s = WAIT_SPAN_S
     guarded = frozenset({"context_entered", "execution_started", "visit_finished"})
-    _timed = 0
+    __slots__ = ()
 
     # --- runs
 

@@ -58,6 +58,13 @@ class Keeper(Observer):
 
     needs_records = True
 
+    __slots__ = (  # as those of `RunBase`
+        *("_base", "_bound", "_dropped", "_epoch_ns", "_follow", "_hot", "_hunts", "_kept_any", "_most", "_outside"),
+        *("_over", "_pipeline", "_plain", "_pulls", "_quantile", "_slow_s", "_slow_tasks", "_special", "_started"),
+        *("_timed", "dag", "engine", "epoch", "give_places", "lock", "new_span_id", "plan", "room", "run"),
+        *("run_parent", "run_span_id", "run_trace_id", "shared", "source", "stats", "take_places", "texts"),
+    )
+
     def __init__(
         self,
         run: RunState,
@@ -103,6 +110,7 @@ class Keeper(Observer):
         self._outside: OtelContext = self._base
         self.run_parent: SpanContext | None = None
         self._started = 0.0
+        self._timed = 0
         self._hunts = self._slow_s is not None or self._quantile is not None
         self._dropped = [0]
         self._over: Context | None = None  # the latest whose trace was dropped: other observers may still ask for ids

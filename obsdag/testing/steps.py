@@ -121,7 +121,7 @@ class Steps:
         return context
 
     def _pull_input(self, number: int) -> Context | None:
-        while self.inputs is not None and self.run.has_room:
+        while self.inputs is not None and self.run.has_room():
             item = next(self.inputs, None)
             if item is None:
                 self.inputs = None
@@ -417,7 +417,7 @@ class Steps:
         if self.stopped:
             return
         if self._free:
-            room, pulls = run.has_room, run.queue.loop or (run.rooms and (run.has_room or not run.moving()))
+            room, pulls = run.has_room(), run.queue.loop or (run.rooms and (run.has_room() or not run.moving()))
             if run.queue.size or pulls or (self.inputs is not None and room):
                 self._wake_worker()
         if not run.busy_workers:

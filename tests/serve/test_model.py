@@ -152,7 +152,7 @@ class Serving(RuleBasedStateMachine):
         open_ = [ticket for ticket in self.tickets if not ticket.done]
         assert executor.in_flight == len(open_)
         assert all(ticket.status in ENDS for ticket in self.tickets if ticket.done)
-        room = executor.phase == "accepting" and executor._shells and executor._shells[0].run.has_room
+        room = executor.phase == "accepting" and executor._shells and executor._shells[0].run.has_room()
         assert not (room and executor.pending), "room is left and a context is pending"
 
     def teardown(self) -> None:
